@@ -1,0 +1,18 @@
+"""metalearn: learn the parts of a training run that people usually design by hand."""
+
+import importlib
+from typing import Any
+
+_EXPORTS = {"InContextClassifier": "metalearn.classifier"}
+
+__all__ = ["InContextClassifier"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'metalearn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

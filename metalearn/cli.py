@@ -1,0 +1,259 @@
+"""The command line: ``metalearn fit|validate|test -c config.yaml --run_dir runs/x --ckpt_path last`` and ``metalearn compare``."""
+
+# pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
+# (The Trainer sets many of its attributes where no type checker sees them, and re-exports names without saying so.)
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+# Imported so that configs can name their classes by short names.
+import metalearn.models.recurrent
+import metalearn.models.transformer
+import metalearn.tasks.images
+import metalearn.tasks.sources
+import metalearn.training.data
+import metalearn.training.in_context  # noqa: F401
+from metalearn.training.callbacks import Budget, RunCheckpoint
+
+HELP = """usage: metalearn COMMAND ...
+
+  fit       meta-train, resume or finish a run:  metalearn fit -c configs/in_context/quick.yaml --run_dir runs/x
+  --ckpt_path last
+  validate  evaluate a run on meta-validation tasks (same arguments); writes validation.csv and validation.png into
+  the run folder
+  test      evaluate a run on meta-test tasks (same arguments); writes test.csv and test.png into the run folder
+  compare   paired statistics over runs:  metalearn compare runs/a runs/b --metric NAME
+
+'metalearn COMMAND --help' lists the options of a command, 'metalearn fit -c FILE --print_config' the resolved config.
+METALEARN_DEBUG=1 shows the traceback of an error."""
+
+
+_EXPECTED_WARNINGS = (
+    "LightningCLI's args parameter is intended to run from within Python",  # main() is called by tests and sweeps
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning 2.6
+    ".*does not have many workers which may be a bottleneck",  # loaders carry requests, not data
+    "Checkpoint directory .* exists and is not empty",  # every resume
+    "You're resuming from a checkpoint that ended before the epoch ended",  # streams start at the step, whatever the epoch
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns: the exit code; what the user got wrong is one line on stderr and code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(arguments)
+    except (ValueError, ArgumentError, MisconfigurationException) as error:
+        if os.environ.get("METALEARN_DEBUG"):
+            raise
+        print(f"metalearn: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(arguments: list[str]) -> int:
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(HELP)
+    elif command == "compare":
+        _compare(arguments[1:])
+    elif command in MetalearnCLI.subcommands():
+        _run_lightning(arguments)
+    else:
+        raise ValueError(f"command is {command!r}; accepted: fit, validate, test, compare")
+    return 0
+
+
+def _compare(arguments: list[str]) -> None:
+    from metalearn.analysis.compare import compare
+
+    description = "Compare groups of runs, paired by seed, with the first group."
+    parser = ArgumentParser(prog="metalearn compare", description=description, exit_on_error=False)
+    parser.add_argument(
+        "runs", nargs="+", type=str, help="run folders, or folders of one run per seed; the first is the baseline"
+    )
+    parser.add_function_arguments(compare, skip={"runs"}, as_group=False)
+    compare(**parser.parse_args(arguments).as_dict())
+
+
+def _run_lightning(arguments: list[str]) -> None:
+    options = {"exit_on_error": False}
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
+    with warnings.catch_warnings():
+        for message in _EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        MetalearnCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=RunRecord,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            trainer_defaults={
+                "check_val_every_n_epoch": None,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+            },
+            parser_kwargs=options | {name: dict(options) for name in MetalearnCLI.subcommands()},
+            args=arguments,
+        )
+
+
+class MetalearnCLI(LightningCLI):
+    """LightningCLI with a run folder: fixed places for checkpoints and logs, one process at a time, nothing overwritten."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run_dir", type=str, required=True, help="Folder of this run: checkpoints, logs, tables.")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Budget, "budget")
+        parser.link_arguments("run_dir", "trainer.default_root_dir")
+        parser.link_arguments("run_dir", "checkpoint.run_dir")
+
+    def _parse_ckpt_path(self) -> None:
+        """Not Lightning's: it would let the checkpoint's hyper-parameters override the command line."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[str(self.subcommand)]
+        self.run_dir = Path(config.run_dir)
+        self._lock = _lock(self.run_dir) if self.subcommand == "fit" and rank_zero_only.rank == 0 else None
+        config.ckpt_path = self._checkpoint(config.ckpt_path)
+        if self.subcommand != "fit":
+            config.verbose = False  # our table, not Lightning's
+        if self.subcommand == "fit" and config.trainer.max_steps == -1 and not config.trainer.fast_dev_run:
+            raise ValueError("trainer.max_steps is -1; accepted: at least 1 (task streams have no end)")
+        tasks = config.data.get("init_args", {}).get("tasks")
+        if tasks is not None and "seed" in tasks.get("init_args", {}) and tasks.init_args.seed is None:
+            tasks.init_args.seed = config.seed_everything
+
+    def _checkpoint(self, asked: str | None) -> str | None:
+        """The checkpoint to start from: ``last`` is the run's own if there is one; only ``fit`` may go without."""
+        last = self.run_dir / "checkpoints" / "last.ckpt"
+        if self.subcommand == "fit":
+            if asked is None and last.exists():
+                raise ValueError(
+                    f"{self.run_dir} has checkpoints; add --ckpt_path last to resume, or choose another --run_dir"
+                )
+            if asked in (None, "last"):
+                return str(last) if asked and last.exists() else None
+        elif asked is None:
+            raise ValueError(
+                f"ckpt_path is missing; accepted for {self.subcommand}: 'last' or the path of a checkpoint"
+            )
+        path = last if asked == "last" else Path(asked)
+        if not path.is_file():
+            raise ValueError(
+                f"there is no checkpoint at {path}; accepted: 'last' after a fit in this --run_dir, or an existing file"
+            )
+        return str(path)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        if self.subcommand != "fit":
+            self.save_config_callback = None
+            kwargs["logger"] = False
+        elif self._get(self.config_init, "trainer").logger is None:
+            kwargs["logger"] = CSVLogger(self.run_dir, name="logs", flush_logs_every_n_steps=1)
+        return super().instantiate_trainer(**kwargs)
+
+    def after_fit(self) -> None:
+        """Say that the run is finished: sweeps trust this file, because an exit code does not tell."""
+        if (
+            not self.trainer.is_global_zero
+            or self.trainer.fast_dev_run
+            or self.trainer.global_step < self.trainer.max_steps
+        ):
+            return
+        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        partial = self.run_dir / "result.json.partial"
+        partial.write_text(json.dumps({"global_step": self.trainer.global_step, "metrics": metrics}, indent=1))
+        partial.replace(self.run_dir / "result.json")
+
+    def after_validate(self) -> None:
+        self._show("validation")
+
+    def after_test(self) -> None:
+        self._show("test")
+
+    def _show(self, stage: str) -> None:
+        """Print the table of ``<stage>.csv`` and draw its curves."""
+        if not self.trainer.is_global_zero or not (self.run_dir / f"{stage}.csv").exists():
+            return
+        from metalearn.analysis.compare import format_table, summarise_evaluation
+        from metalearn.analysis.curves import save_learning_curves
+        from metalearn.analysis.runs import read_evaluation
+
+        frame = read_evaluation(self.run_dir, stage)
+        print(f"\naccuracy after n examples ± standard error ({stage} tasks)\n")
+        print(format_table(summarise_evaluation(frame)))
+        picture = self.run_dir / f"{stage}.png"
+        save_learning_curves(frame, picture, chance=1 / self.datamodule.tasks.num_classes)
+        print(f"\n{picture}")
+
+
+class RunRecord(SaveConfigCallback):
+    """Beside the resolved config of every start: ``run.json`` with versions, git state, machine and data fingerprint."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        data = trainer.datamodule
+        record = {
+            "versions": {
+                name: version(name) for name in ("metalearn", "torch", "pytorch-lightning", "datasets", "numpy")
+            },
+            "python": platform.python_version(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+            + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
+            "git": _git_state(),
+            "data": data.state_dict(),
+        }
+        assert trainer.log_dir is not None
+        (Path(trainer.log_dir) / "run.json").write_text(json.dumps(record, indent=1))
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
+
+
+def _git_state() -> dict[str, Any]:
+    """Commit and whether the tree differs from it; empty where the package does not stand in a git checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changes = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"commit": commit.stdout.strip(), "changed": bool(changes.stdout.strip())}
+
+
+def _lock(run_dir: Path) -> Any:
+    """Hold ``<run_dir>/.lock`` until this object is collected or the process ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = open(run_dir / ".lock", "w")  # noqa: SIM115 (held open on purpose)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"another process is training in {run_dir}; accepted: wait for it, or choose another --run_dir"
+        ) from None
+    return file

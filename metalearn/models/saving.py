@@ -1,0 +1,122 @@
+"""Learners on disk: weights and a card that says how to rebuild them, read without pickle and without Lightning.
+
+A card is a dictionary of builtins: ``learner`` (class path and constructor arguments), ``tokens``, ``num_features``,
+``num_classes`` and
+``length`` (examples per sequence in meta-training). It travels in the metadata of a ``.safetensors`` file, or under
+the key ``metalearn`` of
+a Lightning ``.ckpt``, whose weights stand under ``state_dict`` with the prefix ``learner.``.
+"""
+
+import importlib
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from metalearn.base import Learner
+
+CARD = "metalearn"
+PREFIX = "learner."
+_OWN_PACKAGE = "metalearn.models."
+_CARD_TYPES = {"learner": dict, "tokens": str, "num_features": int, "num_classes": int, "length": int}
+
+
+def describe(learner: Learner) -> dict[str, Any]:
+    """Class path and constructor arguments of ``learner``, read from its attributes of the same names."""
+    names = list(inspect.signature(type(learner)).parameters)
+    return {"class_path": _path(type(learner)), "init_args": {name: getattr(learner, name) for name in names}}
+
+
+def rebuild(description: dict[str, Any], trusted_classes: Sequence[type[Learner]] = ()) -> Learner:
+    """The learner that ``describe`` described, with fresh weights.
+
+    Checkpoints come from strangers, so a class path is looked up among the ``trusted_classes`` and under
+    ``metalearn.models`` only, and nothing but a Learner is built.
+
+    Raises:
+        ValueError: for any other class path.
+    """
+    path = description["class_path"]
+    trusted = {_path(kind): kind for kind in trusted_classes}
+    kind = trusted.get(path) or _own_class(path)
+    if kind is None:
+        raise ValueError(
+            f"the checkpoint's learner is {path!r}; accepted: a Learner under metalearn.models, or one passed in trusted_classes"
+        )
+    return kind(**description["init_args"])
+
+
+def save_learner(
+    path: str | Path, learner: Learner, card: dict[str, Any], tensors: dict[str, Tensor] | None = None
+) -> None:
+    """Write weights, card and further ``tensors`` to a ``.safetensors`` file, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = {PREFIX + name: value.detach().cpu().contiguous() for name, value in learner.state_dict().items()}
+    partial = path.with_name(path.name + ".partial")
+    save_file(weights | (tensors or {}), partial, metadata={CARD: json.dumps(card)})
+    partial.replace(path)
+
+
+def load_learner(
+    path: str | Path, trusted_classes: Sequence[type[Learner]] = ()
+) -> tuple[Learner, dict[str, Any], dict[str, Tensor]]:
+    """The learner in a ``.safetensors`` or Lightning ``.ckpt`` file, in evaluation mode on the CPU, its card, and further tensors.
+
+    Raises:
+        ValueError: if the file is missing, is neither, has no card, or names a class that is not trusted.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no checkpoint at {str(path)!r}; accepted: a .ckpt or .safetensors file written by metalearn")
+    weights, card = _read_safetensors(path) if path.suffix == ".safetensors" else _read_lightning(path)
+    if not isinstance(card, dict) or any(not isinstance(card.get(k), kind) for k, kind in _CARD_TYPES.items()):
+        raise ValueError(
+            f"{str(path)!r} does not say which learner it holds; accepted: a checkpoint of in-context training"
+        )
+    learner = rebuild(card["learner"], trusted_classes)
+    learner.load_state_dict(
+        {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
+    )
+    return learner.eval(), card, {name: value for name, value in weights.items() if not name.startswith(PREFIX)}
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _own_class(path: str) -> type[Learner] | None:
+    module, _, name = path.rpartition(".")
+    if not module.startswith(_OWN_PACKAGE) or not all(part.isidentifier() for part in module.split(".")):
+        return None
+    try:
+        kind = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError:
+        return None
+    owned = isinstance(kind, type) and issubclass(kind, Learner) and _path(kind) == path
+    return kind if owned else None
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            card = json.loads((file.metadata() or {}).get(CARD, "null"))
+            return {name: file.get_tensor(name) for name in file.keys()}, card  # noqa: SIM118 (not a dictionary)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is not a readable safetensors file: {error}") from error
+
+
+def _read_lightning(path: Path) -> tuple[dict[str, Tensor], Any]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds here; all mean the same to the user
+        raise ValueError(f"{str(path)!r} is not a checkpoint that loads with weights_only=True: {error}") from error
+    if not isinstance(checkpoint, dict):
+        return {}, None
+    return checkpoint.get("state_dict", {}), checkpoint.get(CARD)

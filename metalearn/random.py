@@ -1,0 +1,110 @@
+"""Counter-based random numbers: a pure function of (key, shape), the same on every device and rank, and vmappable.
+
+A key is an int64 tensor of any shape; every function draws independently for each of its elements, and the shape
+asked for
+comes after the key's own axes. Element j of key k is SplitMix64's output function applied to ``k + j * GOLDEN``
+(Steele, Lea
+and Flood 2014, "Fast Splittable Pseudorandom Number Generators", fig. 16); child keys are hashes of their parent.
+Integers are equal bit by
+bit on every device; floats up to the rounding of ``log``, ``cos`` and ``sin``.
+"""
+
+import math
+import zlib
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # int64 spelling of the odd constants of SplitMix64
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+
+
+def _signed(number: int) -> int:
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's bijective output function, in place; ``>>`` keeps the sign in torch, so the mask makes it logical."""
+    x ^= (x >> 30) & (2**34 - 1)
+    x *= _MIX_1
+    x ^= (x >> 27) & (2**37 - 1)
+    x *= _MIX_2
+    x ^= (x >> 31) & (2**33 - 1)
+    return x
+
+
+def key(seed: int, *labels: int | str, device: torch.device | str = "cpu") -> Tensor:
+    """The scalar key of ``seed`` (any Python int, taken modulo 2^64) and a path of labels."""
+    root = _mix(torch.tensor(_signed(seed), dtype=torch.int64, device=device) + _GOLDEN)
+    return fold(root, *labels)
+
+
+def fold(parent: Tensor, *data: int | str | Tensor) -> Tensor:
+    """The child key of ``parent`` under each datum in turn; integer tensors broadcast, strings count by their CRC-32."""
+    for datum in data:
+        if isinstance(datum, Tensor):
+            offset = datum * _GOLDEN
+        else:
+            offset = _signed((zlib.crc32(datum.encode()) if isinstance(datum, str) else datum) * _GOLDEN)
+        parent = _mix(_mix(parent + _GOLDEN) + offset)
+    return parent
+
+
+def bits(key: Tensor, count: int) -> Tensor:
+    """``count`` int64 words of 64 random bits for each key: (*key.shape, count)."""
+    counter = torch.arange(1, count + 1, dtype=torch.int64, device=key.device) * _GOLDEN
+    return _mix(key.unsqueeze(-1) + counter)
+
+
+def uniform(key: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
+    """float32 uniforms in [0, 1) on a grid of 2^-24: (*key.shape, *shape)."""
+    words = bits(key, math.prod(shape))
+    return ((words >> 40) & (2**24 - 1)).float().mul_(2.0**-24).reshape(*key.shape, *shape)
+
+
+def normal(key: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
+    """float32 standard normals by Box and Muller: (*key.shape, *shape); the largest possible magnitude is 5.77.
+
+    ``r cos(2 pi v)`` and ``r sin(2 pi v)`` with ``r = sqrt(-2 log u)``, ``u`` in (0, 1] and ``v`` in [0, 1) of 24
+    bits each.
+    """
+    count = math.prod(shape)
+    words = bits(key, (count + 1) // 2)
+    angle = (words & (2**24 - 1)).float().mul_(2 * math.pi * 2.0**-24)
+    radius = ((words >> 40) & (2**24 - 1)).float().add_(1).mul_(2.0**-24).log_().mul_(-2).sqrt_()
+    pair = torch.cat([angle.cos().mul_(radius), angle.sin_().mul_(radius)], dim=-1)
+    return pair[..., :count].reshape(*key.shape, *shape)
+
+
+def integers(key: Tensor, shape: tuple[int, ...], high: int) -> Tensor:
+    """int64 uniform in [0, high), 1 <= high <= 2^31: (*key.shape, *shape). The bias of the multiply-shift is below high / 2^32."""
+    if not 1 <= high <= 2**31:
+        raise ValueError(f"high is {high}; accepted: 1 <= high <= 2^31")
+    words = bits(key, math.prod(shape)) >> 32 & (2**32 - 1)
+    return ((words * high) >> 32).reshape(*key.shape, *shape)
+
+
+def permutation(key: Tensor, size: int) -> Tensor:
+    """A uniformly random permutation of 0 ... size-1 for each key: (*key.shape, size)."""
+    return bits(key, size).argsort(dim=-1)
+
+
+def distinct(key: Tensor, count: int, high: int) -> Tensor:
+    """``count`` different integers below ``high`` in random order for each key: (*key.shape, count).
+
+    Small ranges are permuted whole. From large ones more are drawn than needed, and the first ``count`` different
+    ones kept;
+    with at least ``8 count + 64`` values to draw from, too few differ with probability below 1e-15.
+    """
+    if count > high:
+        raise ValueError(f"cannot draw count = {count} different integers below high = {high}; accepted: count <= high")
+    if high < 8 * count + 64:
+        return permutation(key, high)[..., :count]
+    drawn = integers(key, (2 * count + 16,), high)
+    ordered, order = drawn.sort(dim=-1, stable=True)
+    repeated = torch.zeros_like(drawn, dtype=torch.bool)
+    again = torch.cat([torch.zeros_like(ordered[..., :1], dtype=torch.bool), ordered[..., 1:] == ordered[..., :-1]], -1)
+    repeated = repeated.scatter(-1, order, again)
+    kept = repeated.int().argsort(dim=-1, stable=True)[..., :count]
+    return drawn.gather(-1, kept)

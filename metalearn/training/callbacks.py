@@ -1,0 +1,147 @@
+"""What every run of every procedure does besides training: resume points, light checkpoints for study, a budget."""
+
+# pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
+# (The Trainer sets many of its attributes where no type checker sees them, and re-exports names without saying so.)
+
+import math
+import resource
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from metalearn.base import require_range
+from metalearn.models.saving import save_learner
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Keeps ``<run_dir>/checkpoints/last.ckpt`` at every N-th step and at the end of training: the run's only resume point.
+
+    Args:
+        run_dir: the run folder; null inside a config, where ``--run_dir`` fills it in.
+        every_n_train_steps: optimizer steps between two saves, at least 1.
+    """
+
+    def __init__(self, run_dir: str | None = None, every_n_train_steps: int = 250):
+        require_range("every_n_train_steps", every_n_train_steps, 1)
+        super().__init__(
+            dirpath=None if run_dir is None else Path(run_dir) / "checkpoints",
+            save_last=True,
+            save_top_k=0,
+            every_n_train_steps=every_n_train_steps,
+            enable_version_counter=False,
+        )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # ModelCheckpoint itself leaves last.ckpt at the last multiple of N.
+        if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class StudyCheckpoints(Callback):
+    """Light weight-only checkpoints for the study of transitions: ``<run_dir>/checkpoints/steps/step=00000128.safetensors``.
+
+    Written at the steps round(2^(k/2)), k = 0, 1, 2, …, and once as ``left_plateau`` when the exponential moving
+    average of the training loss
+    (decay 0.95) first falls below ln K - margin. The average is read from the device only where the trainer logs.
+
+    Args:
+        margin: nats below ln K, K the learner's number of classes.
+    """
+
+    def __init__(self, margin: float):
+        self.margin = margin
+        self.smoothed: torch.Tensor | None = None
+        self.left_plateau_at: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"smoothed": self.smoothed, "left_plateau_at": self.left_plateau_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.smoothed, self.left_plateau_at = state_dict["smoothed"], state_dict["left_plateau_at"]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        loss = outputs["loss"].detach()
+        smoothed = loss.clone() if self.smoothed is None else self.smoothed.to(loss.device).lerp(loss, 0.05)
+        self.smoothed, step = smoothed, trainer.global_step
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if is_log_spaced(step):
+            self._save(trainer, pl_module, f"step={step:08d}")
+        looks = self.left_plateau_at is None and step % trainer.log_every_n_steps == 0
+        if looks and float(smoothed) < math.log(pl_module.learner.num_outputs) - self.margin:
+            self.left_plateau_at = step
+            self._save(trainer, pl_module, f"left_plateau_step={step:08d}")
+
+    def _save(self, trainer: Trainer, pl_module: Any, name: str) -> None:
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            path = Path(trainer.default_root_dir) / "checkpoints" / "steps" / f"{name}.safetensors"
+            save_learner(path, pl_module.learner, pl_module.card() | {"step": trainer.global_step})
+
+
+def is_log_spaced(step: int) -> bool:
+    """Whether ``step`` is round(2^(k/2)) for some k >= 0: two steps an octave."""
+    if step < 1:
+        return False
+    k = round(2 * math.log2(step))
+    return any(round(2 ** (j / 2)) == step for j in (k - 1, k, k + 1) if j >= 0)
+
+
+class Cost(NamedTuple):
+    """Of one optimizer step over all ranks: tokens (or inner steps), gradient evaluations, floating-point operations (estimate)."""
+
+    tokens: int
+    gradient_evaluations: int
+    flops: int
+
+
+class Budget(Callback):
+    """Logs what the run has spent so far, over all restarts, under ``budget/``.
+
+    That is tokens, gradient_evaluations, flops, seconds and peak_memory_bytes. Counts come from the module's ``step_cost``;
+    seconds are wall time inside ``fit`` up to the last checkpoint plus this start's; peak memory is the device's allocated
+    maximum, or the process's resident maximum on a CPU.
+    """
+
+    def __init__(self) -> None:
+        self.spent: dict[str, int] = dict.fromkeys(Cost._fields, 0)
+        self.earlier_seconds = 0.0
+        self.started: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Wall seconds of this start and the resumed ones before it."""
+        return self.earlier_seconds + (time.monotonic() - self.started if self.started is not None else 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.spent, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.spent = {name: state_dict[name] for name in self.spent}
+        self.earlier_seconds = state_dict["seconds"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started = time.monotonic()
+        self.cost: Cost = pl_module.step_cost
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        for name, amount in self.cost._asdict().items():
+            self.spent[name] += amount
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            values = {**self.spent, "seconds": self.seconds, "peak_memory_bytes": peak_memory_bytes(pl_module.device)}
+            for logger in trainer.loggers:  # not pl_module.log, which rounds counts to float32
+                logger.log_metrics({f"budget/{name}": value for name, value in values.items()}, trainer.global_step - 1)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Maximum allocated on a GPU, or resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

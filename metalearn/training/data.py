@@ -1,0 +1,131 @@
+"""Task distributions as a LightningDataModule: loaders carry requests, batches are made on the device that asked for them."""
+
+# pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
+# (The Trainer sets many of its attributes where no type checker sees them, and re-exports names without saying so.)
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from pytorch_lightning import LightningDataModule
+from torch.utils.data import DataLoader, IterableDataset
+
+from metalearn.base import Batch, MetaTest, MetaTrain, MetaValidation, Split, TaskDistribution, require_range
+
+
+class Request(NamedTuple):
+    """A batch by reference: sequences ``first … first + tasks - 1`` of global step ``step``."""
+
+    step: int
+    first: int
+    tasks: int
+    split: Split
+
+
+class Requests(IterableDataset):
+    """An iterable of requests that starts anew, from the trainer's state of that moment, at every iteration."""
+
+    def __init__(self, start: Callable[[], Iterator[Request]]):
+        self.start = start
+
+    def __iter__(self) -> Iterator[Request]:
+        return self.start()
+
+
+class TaskBatches(LightningDataModule):
+    """Meta-batches of a task distribution, the same global batch for every world size and accumulation.
+
+    Step s uses sequences 0 … meta_batch_size - 1 of that step; micro-batch m on rank r of W takes the (m·W + r)-th
+    share. Nothing but the step is needed to resume.
+    ``fit`` and ``validate`` open meta-train and meta-validation data only; ``test`` opens meta-test.
+
+    Args:
+        tasks: the distribution.
+        length: examples T per sequence, at least 1.
+        meta_batch_size: sequences per optimizer step, over all ranks and accumulated micro-batches.
+        evaluation_sequences: sequences per evaluation stream, over all ranks.
+        evaluation_batch_size: sequences of an evaluation batch, per rank.
+
+    Raises:
+        ValueError: for sizes below 1, a meta-batch that does not divide, or a checkpoint that was trained on other
+        data.
+    """
+
+    def __init__(
+        self,
+        tasks: TaskDistribution,
+        length: int,
+        meta_batch_size: int,
+        evaluation_sequences: int = 1024,
+        evaluation_batch_size: int = 256,
+    ):
+        super().__init__()
+        for name, value in dict(
+            length=length,
+            meta_batch_size=meta_batch_size,
+            evaluation_sequences=evaluation_sequences,
+            evaluation_batch_size=evaluation_batch_size,
+        ).items():
+            require_range(name, value, 1)
+        self.tasks, self.length, self.meta_batch_size = tasks, length, meta_batch_size
+        self.evaluation_sequences, self.evaluation_batch_size = evaluation_sequences, evaluation_batch_size
+
+    def prepare_data(self) -> None:
+        self.tasks.open(test=False)  # one process decodes and caches; the others read the cache
+
+    def setup(self, stage: str) -> None:
+        self.tasks.open(test=stage == "test")
+
+    def train_dataloader(self) -> DataLoader:
+        return _loader(self._training_requests)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        return [_loader(self._evaluation_requests(MetaValidation(stream))) for stream in self.tasks.streams()]
+
+    def test_dataloader(self) -> list[DataLoader]:
+        return [_loader(self._evaluation_requests(MetaTest(stream))) for stream in self.tasks.streams()]
+
+    def transfer_batch_to_device(self, batch: Request, device: torch.device, dataloader_idx: int) -> Batch:
+        return self.tasks.batch(batch.step, batch.first, batch.tasks, self.length, batch.split, device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"fingerprint": self.tasks.fingerprint()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._trainer.state.fn == "fit" and state_dict["fingerprint"] != self.tasks.fingerprint():
+            raise ValueError(
+                f"the checkpoint was trained on data {state_dict['fingerprint']}, not on {self.tasks.fingerprint()}; "
+                "accepted: the same data, or another --run_dir"
+            )
+
+    @property
+    def _trainer(self) -> Any:
+        assert self.trainer is not None, "TaskBatches is used through a Trainer"
+        return self.trainer
+
+    def _training_requests(self) -> Iterator[Request]:
+        accumulation, world = self._trainer.accumulate_grad_batches, self._trainer.world_size
+        share, rest = divmod(self.meta_batch_size, accumulation * world)
+        if rest or not share:
+            raise ValueError(
+                f"meta_batch_size is {self.meta_batch_size}; accepted: a multiple of "
+                f"accumulate_grad_batches * ranks = {accumulation} * {world}"
+            )
+        step = self._trainer.global_step
+        while True:
+            for micro in range(accumulation):
+                yield Request(step, (micro * world + self._trainer.global_rank) * share, share, MetaTrain())
+            step += 1
+
+    def _evaluation_requests(self, split: Split) -> Callable[[], Iterator[Request]]:
+        def requests() -> Iterator[Request]:
+            size, total = self.evaluation_batch_size, self.evaluation_sequences
+            for number in range(self._trainer.global_rank, math.ceil(total / size), self._trainer.world_size):
+                yield Request(0, number * size, min(size, total - number * size), split)
+
+        return requests
+
+
+def _loader(start: Callable[[], Iterator[Request]]) -> DataLoader:
+    return DataLoader(Requests(start), batch_size=None, num_workers=0)

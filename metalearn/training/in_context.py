@@ -1,0 +1,221 @@
+"""Meta-train a sequence model to learn in context: cross-entropy at every position of random tasks.
+
+B sequences, T examples, K classes, P reported positions.
+"""
+
+# pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
+# (The Trainer sets many of its attributes where no type checker sees them, and re-exports names without saying so.)
+
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule
+from pytorch_lightning.cli import OptimizerCallable
+from torch import Tensor
+from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
+
+from metalearn.base import Batch, Learner, require_choice, require_range
+from metalearn.models.saving import CARD, describe
+from metalearn.models.tokens import FORMATS, Tokens
+from metalearn.tasks.oracles import ORACLES
+from metalearn.training.callbacks import Cost, StudyCheckpoints
+
+REPORTED_POSITIONS = (0, 1, 2, 5, 10, 20, 31, 50, 99)
+EVALUATION_COLUMNS = ("stream", "method", "position", "sequences", "accuracy", "standard_error")
+
+
+class InContextLearning(LightningModule):
+    """J(θ) = E_tasks mean_j CrossEntropy(f_θ(D_1:j-1, x_j), y_j), the loss at every position j of a sequence.
+
+    Sizes come from the data module's tasks, so a config states them once. Evaluation logs loss, accuracy at the first
+    and last
+    position and their difference ("improvement") for every stream; ``validate`` and ``test`` also write
+    ``<stage>.csv`` into the run folder: accuracy by number of examples seen, for
+    the learner and for every oracle on the very same sequences.
+
+    Args:
+        learner: class and settings of the sequence model; it is called with the token width and the number of classes.
+        tokens: "paper" (x_j, y_{j-1}), "shift" (x_j, x_{j-1}, y_{j-1}) or "interleaved".
+        optimizer: class and settings of any torch optimizer.
+        warmup_steps: steps of linear warm-up of the learning rate, at least 0.
+        decay: "none", or "cosine" down to zero at ``max_steps``.
+        checkpoint_steps: "log" keeps light weight-only checkpoints at log-spaced steps and when the loss leaves its
+            plateau; null keeps none.
+        plateau_margin: nats below ln K at which the smoothed loss counts as having left the plateau, in (0, ln K).
+        compile: run the learner through torch.compile (a gain on GPUs; none on CPUs).
+
+    Raises:
+        ValueError: for values out of range, or a checkpoint of another learner.
+
+    Source: Kirsch et al. 2022, "General-Purpose In-Context Learning by Meta-Learning Transformers", Algorithm 2.
+    """
+
+    def __init__(
+        self,
+        learner: Callable[[int, int], Learner],
+        tokens: str,
+        optimizer: OptimizerCallable,
+        warmup_steps: int = 0,
+        decay: str = "none",
+        checkpoint_steps: str | None = None,
+        plateau_margin: float = 0.05,
+        compile: bool = False,
+    ):
+        super().__init__()
+        require_choice("tokens", tokens, FORMATS)
+        require_range("warmup_steps", warmup_steps, 0)
+        require_choice("decay", decay, ("none", "cosine"))
+        require_choice("checkpoint_steps", checkpoint_steps, ("log", None))
+        require_range("plateau_margin", plateau_margin, 0)
+        self.build_learner, self.build_optimizer, self.format = learner, optimizer, tokens
+        self.warmup_steps, self.decay, self.compile_learner = warmup_steps, decay, compile
+        self.checkpoint_steps, self.plateau_margin = checkpoint_steps, plateau_margin
+        self.learner: Learner | None = None
+        self._run: Callable[[Tensor], Tensor] | None = None
+        self._totals: dict[str, dict[str, Tensor]] = {}
+
+    # -- set-up ------------------------------------------------------------------------------------------------------
+
+    @property
+    def data(self) -> Any:
+        """The data module, which knows the tasks and the length of a sequence."""
+        return self.trainer.datamodule
+
+    def configure_model(self) -> None:
+        if self.learner is not None:
+            return
+        tasks = self.data.tasks
+        self.tokens = Tokens(self.format, tasks.num_features, tasks.num_classes)
+        self.learner = self.build_learner(self.tokens.width, tasks.num_classes)
+        # In a dictionary of its own: a compiled module must not become a submodule a second time.
+        self.__dict__["_run"] = torch.compile(self.learner) if self.compile_learner else self.learner
+
+    def configure_optimizers(self) -> Any:
+        assert self.learner is not None
+        optimizer = self.build_optimizer(self.learner.parameters())
+        schedule = LambdaLR(optimizer, self._learning_rate_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [StudyCheckpoints(self.plateau_margin)] if self.checkpoint_steps == "log" else []
+
+    def _learning_rate_factor(self, step: int) -> float:
+        """min(1, (s + 1) / warm-up), times (1 + cos(pi s / S)) / 2 under "cosine"."""
+        factor = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        if self.decay == "cosine":
+            factor *= (1 + math.cos(math.pi * min(1.0, step / self.trainer.max_steps))) / 2
+        return factor
+
+    def on_train_start(self) -> None:
+        assert self.learner is not None
+        size = self.learner.state_size(self.tokens.num_tokens(self.data.length))
+        parameters = sum(p.numel() for p in self.learner.parameters())
+        for logger in self.trainer.loggers:
+            logger.log_metrics({"model/parameters": parameters, "model/state_size": size}, self.trainer.global_step)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def card(self) -> dict[str, Any]:
+        """What ``metalearn.models.saving`` needs to rebuild the learner: builtins only."""
+        assert self.learner is not None
+        sizes = {"num_features": self.tokens.num_features, "num_classes": self.tokens.num_classes}
+        return {"learner": describe(self.learner), "tokens": self.format, **sizes, "length": self.data.length}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[CARD] = self.card()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved, own = checkpoint.get(CARD, {}), self.card()
+        differing = [name for name in own if name != "length" and saved.get(name) != own[name]]
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"the checkpoint is of another model: its {name} is {saved.get(name)}; accepted: {own[name]}"
+            )
+
+    # -- meta-training -----------------------------------------------------------------------------------------------
+
+    def forward(self, x_BTD: Tensor, y_BT: Tensor) -> Tensor:
+        """Logits (B, T, K) for every example given those before it."""
+        assert self._run is not None
+        return self.tokens.at_examples(self._run(self.tokens.encode(x_BTD, y_BT)))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        logits_BTK = self(*batch)
+        loss = functional.cross_entropy(logits_BTK.flatten(0, 1), batch.y.flatten())
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            correct_T = (logits_BTK.detach().argmax(-1) == batch.y).float().mean(0)
+            self.log("train/loss", loss.detach(), prog_bar=True)
+            self.log_dict({f"train/{name}": value for name, value in _summary(correct_T).items()})
+        return loss
+
+    @property
+    def step_cost(self) -> Cost:
+        """Cost of one optimizer step over all ranks; forward and backward count as three forward passes."""
+        assert self.learner is not None
+        tokens = self.data.meta_batch_size * self.tokens.num_tokens(self.data.length)
+        flops = 3 * tokens * self.learner.flops_per_token(self.tokens.num_tokens(self.data.length))
+        return Cost(tokens, self.trainer.accumulate_grad_batches * self.trainer.world_size, flops)
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, dataloader_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("validation")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    @property
+    def _positions(self) -> list[int]:
+        last = self.data.length - 1
+        return sorted({*(p for p in REPORTED_POSITIONS if p < last), last})
+
+    def _evaluate(self, batch: Batch, dataloader_idx: int) -> None:
+        totals = self._totals.setdefault(self.data.tasks.streams()[dataloader_idx], {})
+        logits_BTK = self(*batch).float()
+        loss_BT = functional.cross_entropy(logits_BTK.mT, batch.y, reduction="none")
+        sums = {"loss": loss_BT.mean(1).sum(), "learner": (logits_BTK.argmax(-1) == batch.y).sum(0)}
+        if self.trainer.state.fn != "fit":
+            for name, oracle in ORACLES.items():
+                sums[name] = oracle(batch.x, batch.y, self.tokens.num_classes, self._positions).sum(0)
+        for name, value in (sums | {"sequences": torch.tensor(len(batch.y), device=self.device)}).items():
+            totals[name] = totals.get(name, torch.zeros_like(value)) + value
+
+    def _report(self, stage: str) -> None:
+        rows = []
+        for stream in self.data.tasks.streams():
+            totals = self._totals.get(stream, {})
+            if self.trainer.world_size > 1:
+                totals = {k: self.trainer.strategy.reduce(v, reduce_op="sum") for k, v in totals.items()}
+            if not totals:
+                continue
+            count = totals.pop("sequences")
+            summary = {"loss": totals.pop("loss") / count} | _summary(totals["learner"] / count)
+            self.log_dict({f"{stage}/{stream}/{name}": value for name, value in summary.items()}, rank_zero_only=True)
+            rows += [row for name, sums in totals.items() for row in self._rows(stream, name, sums, int(count))]
+        self._totals.clear()
+        if self.trainer.state.fn != "fit" and self.trainer.is_global_zero:
+            with open(Path(self.trainer.default_root_dir) / f"{stage}.csv", "w", newline="") as file:
+                csv.writer(file).writerows([EVALUATION_COLUMNS, *rows])
+
+    def _rows(self, stream: str, method: str, correct: Tensor, count: int) -> list[tuple]:
+        positions = range(self.data.length) if method == "learner" else self._positions
+        accuracies = [int(c) / count for c in correct]
+        errors = [math.sqrt(a * (1 - a) / max(1, count - 1)) for a in accuracies]
+        return [(stream, method, p, count, a, e) for p, a, e in zip(positions, accuracies, errors, strict=True)]
+
+
+def _summary(correct_T: Tensor) -> dict[str, Tensor]:
+    first, last = correct_T[0], correct_T[-1]
+    return {"accuracy_first": first, "accuracy_last": last, "improvement": last - first}
