@@ -8,7 +8,7 @@ implementer.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class TaskDistribution(ABC):
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:
-        """Content hash and revision of every data set that was read, by name."""
+        """Hash of content, options and revision of every data set, by name."""
 
 
 class Learner(nn.Module, ABC):
@@ -128,6 +128,7 @@ class Source(ABC):
     """Examples of one data set in three disjoint parts, "train", "validation" and "test", each read when first asked for."""
 
     num_classes: int
+    repeat: ClassVar[bool] = False  # whether a sequence may hold an example more than once
 
     @abstractmethod
     def read(self, part: str) -> Examples:
@@ -135,7 +136,7 @@ class Source(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Content hash of the parts read so far, with the revision of the data set."""
+        """Hash of content, options and revision; the same whichever parts were read. A separate test split is not covered."""
 
 
 def require_range(name: str, value: float, low: float, high: float = float("inf")) -> None:

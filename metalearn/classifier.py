@@ -171,7 +171,7 @@ class InContextClassifier(ClassifierMixin, BaseEstimator):
         self._context: tuple[Tensor, Tensor] = x_MND, y_MN
         state = self._learner.init_state(members, self.device, dtype)
         with torch.inference_mode():
-            context = self._tokens.split_context(x_MND, y_MN)
+            context = self._tokens.context(x_MND, y_MN)
             self._state: State = self._learner.prefill(context, state)[1] if context.shape[1] else state
 
     def _answer(self, x_QF: Tensor) -> Tensor:

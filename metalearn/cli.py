@@ -7,11 +7,14 @@ import fcntl
 import json
 import logging
 import os
+import pickle
 import platform
+import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ import metalearn.models.recurrent
 import metalearn.models.transformer
 import metalearn.tasks.images
 import metalearn.tasks.sources
+import metalearn.tasks.synthetic
 import metalearn.training.data
 import metalearn.training.in_context  # noqa: F401
 from metalearn.training.callbacks import Budget, RunCheckpoint
@@ -46,6 +50,7 @@ HELP = """usage: metalearn COMMAND ...
 METALEARN_DEBUG=1 shows the traceback of an error."""
 
 
+RESULT = "result.json"
 _EXPECTED_WARNINGS = (
     "LightningCLI's args parameter is intended to run from within Python",  # main() is called by tests and sweeps
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning 2.6
@@ -63,8 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, ArgumentError, MisconfigurationException) as error:
         if os.environ.get("METALEARN_DEBUG"):
             raise
-        print(f"metalearn: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"metalearn: error: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+def _one_line(error: Exception) -> str:
+    """The message without what jsonargparse wraps around it: the types it tried, and the whole configuration."""
+    message = " ".join(str(error).split())
+    if wrapped := re.search(r"Errors: - (.*) - Expected a <class 'NoneType'>", message):
+        message = wrapped[1]
+    return re.sub(r"\.? Got value: Namespace\(.*\)$", "", message)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -120,12 +133,16 @@ def _run_lightning(arguments: list[str]) -> None:
 class MetalearnCLI(LightningCLI):
     """LightningCLI with a run folder: fixed places for checkpoints and logs, one process at a time, nothing overwritten."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        with ExitStack() as self.held:  # the lock of the run folder, until the command is done
+            super().__init__(*args, **kwargs)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run_dir", type=str, required=True, help="Folder of this run: checkpoints, logs, tables.")
+        parser.add_argument("--run_dir", type=str | None, help="Folder of this run: checkpoints, logs, tables.")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Budget, "budget")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
@@ -136,8 +153,11 @@ class MetalearnCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[str(self.subcommand)]
+        if not config.run_dir:
+            raise ValueError("run_dir is missing; accepted: --run_dir and the folder of this run, new or to resume")
         self.run_dir = Path(config.run_dir)
-        self._lock = _lock(self.run_dir) if self.subcommand == "fit" and rank_zero_only.rank == 0 else None
+        if self.subcommand == "fit" and rank_zero_only.rank == 0:
+            self.held.enter_context(_lock(self.run_dir))
         config.ckpt_path = self._checkpoint(config.ckpt_path)
         if self.subcommand != "fit":
             config.verbose = False  # our table, not Lightning's
@@ -155,17 +175,14 @@ class MetalearnCLI(LightningCLI):
                 raise ValueError(
                     f"{self.run_dir} has checkpoints; add --ckpt_path last to resume, or choose another --run_dir"
                 )
-            if asked in (None, "last"):
-                return str(last) if asked and last.exists() else None
+            if asked is None or (asked == "last" and not last.exists()):
+                return None
         elif asked is None:
             raise ValueError(
                 f"ckpt_path is missing; accepted for {self.subcommand}: 'last' or the path of a checkpoint"
             )
         path = last if asked == "last" else Path(asked)
-        if not path.is_file():
-            raise ValueError(
-                f"there is no checkpoint at {path}; accepted: 'last' after a fit in this --run_dir, or an existing file"
-            )
+        _require_checkpoint(path)
         return str(path)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -178,16 +195,14 @@ class MetalearnCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say that the run is finished: sweeps trust this file, because an exit code does not tell."""
-        if (
-            not self.trainer.is_global_zero
-            or self.trainer.fast_dev_run
-            or self.trainer.global_step < self.trainer.max_steps
-        ):
+        trainer, result = self.trainer, self.run_dir / RESULT
+        unfinished = trainer.fast_dev_run or trainer.global_step < trainer.max_steps
+        if unfinished or result.exists() or not trainer.is_global_zero:
             return
-        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        partial = self.run_dir / "result.json.partial"
-        partial.write_text(json.dumps({"global_step": self.trainer.global_step, "metrics": metrics}, indent=1))
-        partial.replace(self.run_dir / "result.json")
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        partial = result.with_suffix(".partial")
+        partial.write_text(json.dumps({"global_step": trainer.global_step, "metrics": metrics}, indent=1))
+        partial.replace(result)
 
     def after_validate(self) -> None:
         self._show("validation")
@@ -212,7 +227,16 @@ class MetalearnCLI(LightningCLI):
 
 
 class RunRecord(SaveConfigCallback):
-    """Beside the resolved config of every start: ``run.json`` with versions, git state, machine and data fingerprint."""
+    """Beside the resolved config of every start: ``run.json`` with versions, git state, machine and data fingerprint.
+
+    Written when training starts, not in Lightning's ``setup``, so that a refused start leaves nothing behind.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pass
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         data = trainer.datamodule
@@ -228,6 +252,7 @@ class RunRecord(SaveConfigCallback):
         }
         assert trainer.log_dir is not None
         (Path(trainer.log_dir) / "run.json").write_text(json.dumps(record, indent=1))
+        (Path(trainer.default_root_dir) / RESULT).unlink(missing_ok=True)  # of a shorter run that now goes on
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
@@ -245,15 +270,29 @@ def _git_state() -> dict[str, Any]:
     return {"commit": commit.stdout.strip(), "changed": bool(changes.stdout.strip())}
 
 
-def _lock(run_dir: Path) -> Any:
-    """Hold ``<run_dir>/.lock`` until this object is collected or the process ends."""
+@contextmanager
+def _lock(run_dir: Path) -> Iterator[None]:
+    """Hold ``<run_dir>/.lock``; the system lets go of it when the process ends, however it ends."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    file = open(run_dir / ".lock", "w")  # noqa: SIM115 (held open on purpose)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
+    with open(run_dir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is training in {run_dir}; accepted: wait for it, or choose another --run_dir"
+            ) from None
+        yield
+
+
+def _require_checkpoint(path: Path) -> None:
+    """Raise ``ValueError`` unless ``path`` is a Lightning checkpoint of tensors and builtins; reads no weights."""
+    if not path.is_file():
         raise ValueError(
-            f"another process is training in {run_dir}; accepted: wait for it, or choose another --run_dir"
-        ) from None
-    return file
+            f"there is no checkpoint at {path}; accepted: 'last' after a fit in this --run_dir, or an existing file"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        content = None
+    if not isinstance(content, dict) or "pytorch-lightning_version" not in content:
+        raise ValueError(f"{path} is no checkpoint of a run; accepted: a .ckpt file that metalearn fit wrote")

@@ -165,6 +165,22 @@ def summarise_evaluation(frame: pd.DataFrame, positions: Sequence[int] = (0, 1, 
     return table.reindex(index.droplevel("position").unique()).reset_index()
 
 
+def beside_published(frame: pd.DataFrame, published: dict[str, dict[str, float]]) -> pd.DataFrame:
+    """Accuracy in per cent at the last position, a column per stream: published rows first, then every run and method.
+
+    Args:
+        frame: rows of ``read_evaluation``, of one or more runs.
+        published: per cent by stream, by name of the row.
+    """
+    rows = {name: {stream: f"{value:.1f}" for stream, value in row.items()} for name, row in published.items()}
+    for (run, method), group in frame.groupby(["run", "method"], sort=False):
+        last = group[group.position == group.position.max()]
+        rows[f"{run}: {method}"] = {
+            row.stream: f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}" for row in last.itertuples()
+        }
+    return pd.DataFrame(rows).T.fillna("-").rename_axis("method").reset_index()
+
+
 def format_table(frame: pd.DataFrame) -> str:
     """The table as aligned text for a terminal, with four significant digits."""
     shown = frame.astype(object).where(

@@ -3,7 +3,7 @@
 A run folder holds ``logs/version_<k>``, one for each start, and after an evaluation ``validation.csv`` or ``test.csv``.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -66,6 +66,11 @@ def read_evaluation(run_dir: str | Path, stage: str = "test") -> pd.DataFrame:
     frame = pd.read_csv(path)
     frame.insert(0, "run", Path(run_dir).as_posix())
     return frame
+
+
+def read_evaluations(run_dirs: Sequence[str | Path], stage: str = "test") -> pd.DataFrame:
+    """The evaluation frames of several runs, one below the other."""
+    return pd.concat([read_evaluation(run_dir, stage) for run_dir in run_dirs], ignore_index=True)
 
 
 def find_runs(folder: str | Path) -> list[Path]:

@@ -1,15 +1,15 @@
 """Learners on disk: weights and a card that says how to rebuild them, read without pickle and without Lightning.
 
 A card is a dictionary of builtins: ``learner`` (class path and constructor arguments), ``tokens``, ``num_features``,
-``num_classes`` and
-``length`` (examples per sequence in meta-training). It travels in the metadata of a ``.safetensors`` file, or under
-the key ``metalearn`` of
-a Lightning ``.ckpt``, whose weights stand under ``state_dict`` with the prefix ``learner.``.
+``num_classes`` and ``length`` (examples per sequence in meta-training). It travels in the metadata of a
+``.safetensors`` file, or under the key ``metalearn`` of a Lightning ``.ckpt``, whose weights stand under ``state_dict``
+with the prefix ``learner.``.
 """
 
 import importlib
 import inspect
 import json
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from metalearn.base import Learner
+from metalearn.models.tokens import Tokens
 
 CARD = "metalearn"
 PREFIX = "learner."
@@ -40,16 +41,18 @@ def rebuild(description: dict[str, Any], trusted_classes: Sequence[type[Learner]
     ``metalearn.models`` only, and nothing but a Learner is built.
 
     Raises:
-        ValueError: for any other class path.
+        ValueError: for any other class path, or arguments that the class does not take.
     """
-    path = description["class_path"]
-    trusted = {_path(kind): kind for kind in trusted_classes}
-    kind = trusted.get(path) or _own_class(path)
+    path, arguments = str(description.get("class_path")), description.get("init_args")
+    kind = {_path(kind): kind for kind in trusted_classes}.get(path) or _own_class(path)
     if kind is None:
         raise ValueError(
             f"the checkpoint's learner is {path!r}; accepted: a Learner under metalearn.models, or one passed in trusted_classes"
         )
-    return kind(**description["init_args"])
+    try:
+        return kind(**arguments)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
+        raise ValueError(f"the checkpoint's learner is {path} with {arguments!r}, which fails: {error}") from error
 
 
 def save_learner(
@@ -59,8 +62,9 @@ def save_learner(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {PREFIX + name: value.detach().cpu().contiguous() for name, value in learner.state_dict().items()}
+    text = json.dumps(card, default=operator.index)  # numpy's integers are not JSON's
     partial = path.with_name(path.name + ".partial")
-    save_file(weights | (tensors or {}), partial, metadata={CARD: json.dumps(card)})
+    save_file(weights | (tensors or {}), partial, metadata={CARD: text})
     partial.replace(path)
 
 
@@ -70,21 +74,37 @@ def load_learner(
     """The learner in a ``.safetensors`` or Lightning ``.ckpt`` file, in evaluation mode on the CPU, its card, and further tensors.
 
     Raises:
-        ValueError: if the file is missing, is neither, has no card, or names a class that is not trusted.
+        ValueError: if the file is missing, is neither, has no card, names a class that is not trusted, or its parts do
+            not fit together.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no checkpoint at {str(path)!r}; accepted: a .ckpt or .safetensors file written by metalearn")
-    weights, card = _read_safetensors(path) if path.suffix == ".safetensors" else _read_lightning(path)
+    tensors, card = _read_safetensors(path) if path.suffix == ".safetensors" else _read_lightning(path)
     if not isinstance(card, dict) or any(not isinstance(card.get(k), kind) for k, kind in _CARD_TYPES.items()):
         raise ValueError(
             f"{str(path)!r} does not say which learner it holds; accepted: a checkpoint of in-context training"
         )
-    learner = rebuild(card["learner"], trusted_classes)
-    learner.load_state_dict(
-        {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
-    )
-    return learner.eval(), card, {name: value for name, value in weights.items() if not name.startswith(PREFIX)}
+    weights = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)}
+    learner = _filled(card, weights, trusted_classes)
+    return learner, card, {name: value for name, value in tensors.items() if not name.startswith(PREFIX)}
+
+
+def _filled(card: dict[str, Any], weights: dict[str, Tensor], trusted_classes: Sequence[type[Learner]]) -> Learner:
+    """The card's learner with these weights, if they and the card's sizes fit it."""
+    with torch.random.fork_rng(devices=[]):  # the fresh weights leave the caller's random numbers as they were
+        learner = rebuild(card["learner"], trusted_classes)
+    width, num_classes = Tokens(card["tokens"], card["num_features"], card["num_classes"]).width, card["num_classes"]
+    if (learner.num_inputs, learner.num_outputs) != (width, num_classes):
+        raise ValueError(
+            f"the checkpoint's learner takes {learner.num_inputs} inputs to {learner.num_outputs} outputs; "
+            f"accepted with its tokens: {width} to {num_classes}"
+        )
+    try:
+        learner.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint's weights are of another learner: {error}") from error
+    return learner.eval()
 
 
 def _path(kind: type) -> str:
@@ -108,7 +128,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
         with safetensors.safe_open(path, framework="pt") as file:
             card = json.loads((file.metadata() or {}).get(CARD, "null"))
             return {name: file.get_tensor(name) for name in file.keys()}, card  # noqa: SIM118 (not a dictionary)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not a readable safetensors file: {error}") from error
 
 
@@ -117,6 +137,7 @@ def _read_lightning(path: Path) -> tuple[dict[str, Tensor], Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds here; all mean the same to the user
         raise ValueError(f"{str(path)!r} is not a checkpoint that loads with weights_only=True: {error}") from error
-    if not isinstance(checkpoint, dict):
+    weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items()):
         return {}, None
-    return checkpoint.get("state_dict", {}), checkpoint.get(CARD)
+    return weights, checkpoint.get(CARD)

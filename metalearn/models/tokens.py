@@ -61,7 +61,7 @@ class Tokens:
         """The logits (B, T, K) at the tokens where an example is to be classified."""
         return logits_BSK[:, ::2] if self.format == "interleaved" else logits_BSK
 
-    def split_context(self, x_BTD: Tensor, y_BT: Tensor) -> Tensor:
+    def context(self, x_BTD: Tensor, y_BT: Tensor) -> Tensor:
         """The tokens (B, S - 1, W) of a context of T examples that are the same for every query after it."""
         room = functional.pad(x_BTD, (0, 0, 0, 1)), functional.pad(y_BT, (0, 1))
         return self.encode(*room)[:, :-1]

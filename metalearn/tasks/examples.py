@@ -219,7 +219,6 @@ class LabelledSource(DataSource, Source):
 
     kind: ClassVar[str]
     normalisations: ClassVar[tuple[str, ...]] = ("scalar", "per_pixel")
-    repeat: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -185,7 +185,7 @@ class ProjectedImages(TaskDistribution):
             )
         rotation_PR = self._rotations[name]
         features_NR = inputs_NP if rotation_PR is None else inputs_NP @ rotation_PR
-        return Images(features_NR, examples.targets, inputs_NP.shape[1] ** -0.5, getattr(source, "repeat", False))
+        return Images(features_NR, examples.targets, inputs_NP.shape[1] ** -0.5, source.repeat)
 
 
 def _project(chosen_BTR: Tensor, key_B: Tensor, num_features: int) -> Tensor:

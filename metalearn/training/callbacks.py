@@ -41,6 +41,9 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
+DECAY = 0.95  # of the smoothed loss, per optimizer step
+
+
 class StudyCheckpoints(Callback):
     """Light weight-only checkpoints for the study of transitions: ``<run_dir>/checkpoints/steps/step=00000128.safetensors``.
 
@@ -64,10 +67,12 @@ class StudyCheckpoints(Callback):
         self.smoothed, self.left_plateau_at = state_dict["smoothed"], state_dict["left_plateau_at"]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        loss = outputs["loss"].detach()
-        smoothed = loss.clone() if self.smoothed is None else self.smoothed.to(loss.device).lerp(loss, 0.05)
-        self.smoothed, step = smoothed, trainer.global_step
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        accumulation, step = trainer.accumulate_grad_batches, trainer.global_step
+        loss = outputs["loss"].detach() * accumulation  # Lightning hands out the micro-batch's share of the step's loss
+        weight = 1 - DECAY ** (1 / accumulation)
+        smoothed = loss.clone() if self.smoothed is None else self.smoothed.to(loss.device).lerp(loss, weight)
+        self.smoothed = smoothed
+        if (batch_idx + 1) % accumulation:
             return
         if is_log_spaced(step):
             self._save(trainer, pl_module, f"step={step:08d}")

@@ -49,7 +49,7 @@ class TaskBatches(LightningDataModule):
 
     Raises:
         ValueError: for sizes below 1, a meta-batch that does not divide, or a checkpoint that was trained on other
-        data.
+        data or with another seed of the tasks.
     """
 
     def __init__(
@@ -90,14 +90,15 @@ class TaskBatches(LightningDataModule):
         return self.tasks.batch(batch.step, batch.first, batch.tasks, self.length, batch.split, device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"fingerprint": self.tasks.fingerprint()}
+        return {"fingerprint": self.tasks.fingerprint(), "seed": self.tasks.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._trainer.state.fn == "fit" and state_dict["fingerprint"] != self.tasks.fingerprint():
-            raise ValueError(
-                f"the checkpoint was trained on data {state_dict['fingerprint']}, not on {self.tasks.fingerprint()}; "
-                "accepted: the same data, or another --run_dir"
-            )
+        for name, own in self.state_dict().items():
+            if self._trainer.state.fn == "fit" and state_dict.get(name) != own:
+                raise ValueError(
+                    f"the checkpoint was trained on data of {name} {state_dict.get(name)}, not {own}; accepted: the same "
+                    "data, or another --run_dir"
+                )
 
     @property
     def _trainer(self) -> Any:

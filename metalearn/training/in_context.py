@@ -130,13 +130,30 @@ class InContextLearning(LightningModule):
         checkpoint[CARD] = self.card()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved, own = checkpoint.get(CARD, {}), self.card()
+        saved, own = _settings(checkpoint.get(CARD, {})), _settings(self.card())
         differing = [name for name in own if name != "length" and saved.get(name) != own[name]]
         if differing:
             name = differing[0]
             raise ValueError(
                 f"the checkpoint is of another model: its {name} is {saved.get(name)}; accepted: {own[name]}"
             )
+        if self.trainer.state.fn == "fit":
+            self._impose_optimizer_settings(checkpoint)
+
+    def _impose_optimizer_settings(self, checkpoint: dict[str, Any]) -> None:
+        """The configuration beats the checkpoint, whose optimizer would otherwise bring back its own learning rate."""
+        assert self.learner is not None
+        saved = checkpoint["optimizer_states"][0]["param_groups"]
+        factor = self._learning_rate_factor(checkpoint["global_step"])
+        for old, own in zip(saved, self.build_optimizer(self.learner.parameters()).param_groups, strict=True):
+            own = {name: value for name, value in own.items() if name != "params"}
+            if differing := own.keys() ^ (old.keys() - {"params", "initial_lr"}):
+                raise ValueError(
+                    f"the checkpoint is of another optimizer, which differs in {', '.join(sorted(differing))}; accepted: "
+                    "the same optimizer, or another --run_dir"
+                )
+            old.update(own, lr=own["lr"] * factor, initial_lr=own["lr"])
+        checkpoint["lr_schedulers"][0]["base_lrs"] = [group["initial_lr"] for group in saved]
 
     # -- meta-training -----------------------------------------------------------------------------------------------
 
@@ -149,8 +166,9 @@ class InContextLearning(LightningModule):
         logits_BTK = self(*batch)
         loss = functional.cross_entropy(logits_BTK.flatten(0, 1), batch.y.flatten())
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            correct_T = (logits_BTK.detach().argmax(-1) == batch.y).float().mean(0)
-            self.log("train/loss", loss.detach(), prog_bar=True)
+            correct_T = (logits_BTK.detach().argmax(-1) == batch.y).float().mean(0).cpu()
+            # On the host: the progress bar asks for the number again at every step.
+            self.log("train/loss", loss.detach().cpu(), prog_bar=True)
             self.log_dict({f"train/{name}": value for name, value in _summary(correct_T).items()})
         return loss
 
@@ -181,30 +199,32 @@ class InContextLearning(LightningModule):
         last = self.data.length - 1
         return sorted({*(p for p in REPORTED_POSITIONS if p < last), last})
 
+    def _zeros(self) -> dict[str, Tensor]:
+        """Nothing seen yet: what a rank without a batch adds, so that all ranks reduce the same tensors."""
+        oracles = ORACLES if self.trainer.state.fn != "fit" else {}
+        counts = {"sequences": (), "learner": (self.data.length,)} | dict.fromkeys(oracles, (len(self._positions),))
+        zeros = {name: torch.zeros(shape, dtype=torch.int64, device=self.device) for name, shape in counts.items()}
+        return zeros | {"loss": torch.zeros((), device=self.device)}
+
     def _evaluate(self, batch: Batch, dataloader_idx: int) -> None:
-        totals = self._totals.setdefault(self.data.tasks.streams()[dataloader_idx], {})
+        totals = self._totals.setdefault(self.data.tasks.streams()[dataloader_idx], self._zeros())
         logits_BTK = self(*batch).float()
-        loss_BT = functional.cross_entropy(logits_BTK.mT, batch.y, reduction="none")
-        sums = {"loss": loss_BT.mean(1).sum(), "learner": (logits_BTK.argmax(-1) == batch.y).sum(0)}
-        if self.trainer.state.fn != "fit":
-            for name, oracle in ORACLES.items():
-                sums[name] = oracle(batch.x, batch.y, self.tokens.num_classes, self._positions).sum(0)
-        for name, value in (sums | {"sequences": torch.tensor(len(batch.y), device=self.device)}).items():
-            totals[name] = totals.get(name, torch.zeros_like(value)) + value
+        totals["sequences"] += len(batch.y)
+        totals["loss"] += functional.cross_entropy(logits_BTK.mT, batch.y, reduction="none").mean(1).sum()
+        totals["learner"] += (logits_BTK.argmax(-1) == batch.y).sum(0)
+        for name in totals.keys() & ORACLES.keys():
+            totals[name] += ORACLES[name](batch.x, batch.y, self.tokens.num_classes, self._positions).sum(0)
 
     def _report(self, stage: str) -> None:
         rows = []
         for stream in self.data.tasks.streams():
-            totals = self._totals.get(stream, {})
+            totals = self._totals.pop(stream, None) or self._zeros()
             if self.trainer.world_size > 1:
                 totals = {k: self.trainer.strategy.reduce(v, reduce_op="sum") for k, v in totals.items()}
-            if not totals:
-                continue
-            count = totals.pop("sequences")
-            summary = {"loss": totals.pop("loss") / count} | _summary(totals["learner"] / count)
+            count, loss = totals.pop("sequences"), totals.pop("loss")
+            summary = {"loss": loss / count} | _summary(totals["learner"] / count)
             self.log_dict({f"{stage}/{stream}/{name}": value for name, value in summary.items()}, rank_zero_only=True)
             rows += [row for name, sums in totals.items() for row in self._rows(stream, name, sums, int(count))]
-        self._totals.clear()
         if self.trainer.state.fn != "fit" and self.trainer.is_global_zero:
             with open(Path(self.trainer.default_root_dir) / f"{stage}.csv", "w", newline="") as file:
                 csv.writer(file).writerows([EVALUATION_COLUMNS, *rows])
@@ -219,3 +239,9 @@ class InContextLearning(LightningModule):
 def _summary(correct_T: Tensor) -> dict[str, Tensor]:
     first, last = correct_T[0], correct_T[-1]
     return {"accuracy_first": first, "accuracy_last": last, "improvement": last - first}
+
+
+def _settings(card: dict[str, Any]) -> dict[str, Any]:
+    """A card without its levels, so that a message can name the one setting that differs."""
+    learner = card.get("learner", {})
+    return card | {"learner": learner.get("class_path")} | learner.get("init_args", {})

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 from scipy.stats import ttest_rel
 
 from metalearn.analysis.compare import (
+    beside_published,
     bootstrap_interval,
     compare,
     format_table,
@@ -245,3 +246,19 @@ def test_is_served_by_jsonargparse() -> None:
     arguments = parser.parse_args(["runs/a", "runs/b", "--metric", "m", "--out", "t"]).as_dict()
     assert arguments == {"runs": ["runs/a", "runs/b"], "metric": "m", "last": 1, "confidence": 0.95, "out": "t"}
     assert "number of last logged values" in parser.format_help()
+
+
+def test_published_rows_stand_above_runs_at_their_last_position():
+    frame = pd.DataFrame(
+        {
+            "run": "runs/a",
+            "stream": ["mnist", "mnist", "random"],
+            "method": "learner",
+            "position": [0, 99, 99],
+            "accuracy": [0.1, 0.7371, 1.0],
+            "standard_error": [0.01, 0.014, 0.0],
+        }
+    )
+    table = beside_published(frame, {"paper": {"mnist": 73.7}}).set_index("method")
+    assert table.loc["paper"].tolist() == ["73.7", "-"]
+    assert table.loc["runs/a: learner"].tolist() == ["73.7 ± 1.4", "100.0 ± 0.0"]
