@@ -34,20 +34,32 @@ def _mix(x: Tensor) -> Tensor:
     return x
 
 
+def _mix_number(number: int) -> int:
+    """``_mix`` of a Python integer: what is known on the host costs no device operation."""
+    x = number % 2**64
+    x = (x ^ (x >> 30)) * (_MIX_1 % 2**64) % 2**64
+    x = (x ^ (x >> 27)) * (_MIX_2 % 2**64) % 2**64
+    return x ^ (x >> 31)
+
+
+def _salt(datum: int | str) -> int:
+    """A mixed constant for an integer, or for a string by its CRC-32."""
+    return _mix_number(((zlib.crc32(datum.encode()) if isinstance(datum, str) else datum) + 1) * _GOLDEN)
+
+
 def key(seed: int, *labels: int | str, device: torch.device | str = "cpu") -> Tensor:
     """The scalar key of ``seed`` (any Python int, taken modulo 2^64) and a path of labels."""
-    root = _mix(torch.tensor(_signed(seed), dtype=torch.int64, device=device) + _GOLDEN)
-    return fold(root, *labels)
+    number = _mix_number(seed + _GOLDEN)
+    for label in labels:
+        number = _mix_number(number + _salt(label))
+    return torch.tensor(_signed(number), dtype=torch.int64, device=device)
 
 
 def fold(parent: Tensor, *data: int | str | Tensor) -> Tensor:
-    """The child key of ``parent`` under each datum in turn; integer tensors broadcast, strings count by their CRC-32."""
+    """The child key ``mix(parent + mix((datum + 1) * GOLDEN))`` under each datum in turn; integer tensors broadcast."""
     for datum in data:
-        if isinstance(datum, Tensor):
-            offset = datum * _GOLDEN
-        else:
-            offset = _signed((zlib.crc32(datum.encode()) if isinstance(datum, str) else datum) * _GOLDEN)
-        parent = _mix(_mix(parent + _GOLDEN) + offset)
+        salt = _mix((datum + 1) * _GOLDEN) if isinstance(datum, Tensor) else _signed(_salt(datum))
+        parent = _mix(parent + salt)
     return parent
 
 

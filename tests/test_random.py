@@ -50,7 +50,7 @@ def test_distinct_integers_differ_and_are_uniform(count, high):
     drawn = random.distinct(random.fold(random.key(1), torch.arange(2000)), count, high)
     assert drawn.min() >= 0 and drawn.max() < high
     assert all(len(set(row)) == count for row in drawn.tolist())
-    bins = min(high, 89)  # of equal width up to one part in a million, or one value each
+    bins = max(d for d in range(1, 90) if high % d == 0)
     counts = torch.bincount(drawn.flatten() * bins // high, minlength=bins).numpy()
     if count < high:
         assert stats.chisquare(counts).pvalue > 1e-3
@@ -75,6 +75,11 @@ def test_labels_and_seeds_give_different_keys():
         random.key(s, *labels) for s in (0, 1, -1, 2**62) for labels in ((), ("a",), ("b",), ("a", 0), (0, "a"), (1,))
     ]
     assert len({int(k) for k in paths}) == len(paths)
+
+
+def test_a_key_is_the_same_made_on_the_host_or_by_tensors():
+    stepwise = random.fold(random.key(5), "images", torch.tensor([3, -7]), 2**62)
+    assert stepwise.tolist() == [int(random.key(5, "images", n, 2**62)) for n in (3, -7)]
 
 
 def test_keys_are_not_changed_by_use():

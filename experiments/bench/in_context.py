@@ -1,6 +1,6 @@
 """How fast in-context learning is, as ratios to what people write today: ``python -m experiments.bench.in_context``.
 
-Every measurement first checks that both sides do the same thing, then times them in interleaved pairs
+Every measurement first checks that both sides do the same thing, then times them in turns
 (``experiments.bench.timing``). MNIST is read from ``$METALEARN_DATA/mnist``; without it, scikit-learn's digits
 resized to 28x28 stand in.
 
@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,9 +34,10 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
 from torch.nn import functional
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from experiments.bench.timing import Comparison, Unequal, compare, require_equal, seconds_per_call
+from experiments.bench.timing import Comparison, Unequal, compare, require_alike, require_equal, seconds_per_call
 from metalearn import random
 from metalearn.base import Batch, Examples, Learner, MetaTrain, Source
 from metalearn.classifier import InContextClassifier, class_probabilities
@@ -50,12 +51,13 @@ from metalearn.training.data import TaskBatches
 from metalearn.training.in_context import InContextLearning
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "in_context"
-SEQUENCES, LENGTH, RANK = 16, 100, 128
+SEQUENCES, LENGTH, PIXELS, CLASSES, RANK = 16, 100, 784, 10, 128
+NUM_ROWS = 12  # of a whole report, over which the time is shared out
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report: ``amount`` units of work per call, or None to show milliseconds."""
+    """One line of the report, in milliseconds per call, or in units of work per second where a call does ``amount``."""
 
     name: str
     measured: Comparison
@@ -64,23 +66,21 @@ class Row:
     unit: str = "ms"
 
     def __str__(self) -> str:
-        ratios = self.measured.ratios
-        verdict = "" if self.bar is None else "ok" if self.measured.ratio >= self.bar else "BELOW"
-        spread = f"{self.measured.ratio:6.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-        bar = "-" if self.bar is None else f">= {self.bar:g}"
-        return (
-            f"{self.name:<52} {self._show(self.measured.ours):>12} {self._show(self.measured.theirs):>12} "
-            f"{self.unit:<9} {spread:<22} {bar:<8} {verdict}"
-        )
+        ratio, ratios = self.measured.ratio, self.measured.ratios
+        ours, theirs = self._shown(self.measured.ours), self._shown(self.measured.theirs)
+        bar = "" if self.bar is None else f">= {self.bar:g}"
+        verdict = "" if self.bar is None else "ok" if ratio >= self.bar else "BELOW"
+        spread = f"{ratio:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+        return f"{self.name:<54}{ours:>10}{theirs:>10} {self.unit:<8} {spread:<22} {bar:<7} {verdict}".rstrip()
 
-    def _show(self, samples: Any) -> str:
+    def _shown(self, samples: Sequence[float]) -> str:
         seconds = float(np.median(samples))
-        return f"{1e3 * seconds if self.amount is None else self.amount / seconds:,.6g}"
+        return f"{1e3 * seconds:.2f}" if self.amount is None else f"{self.amount / seconds:,.0f}"
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much to measure: interleaved pairs of a row, and the seconds it may take."""
+    """What one row may cost: at most ``pairs`` pairs, and none begun after ``seconds``."""
 
     pairs: int
     seconds: float
@@ -89,7 +89,7 @@ class Effort:
         return compare(ours, theirs, self.pairs, self.seconds)
 
 
-# -- data ----------------------------------------------------------------------------------------------------------------
+# -- tasks -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -98,7 +98,7 @@ class InMemory(Source):
 
     name: str
     examples: Examples
-    num_classes: int = 10
+    num_classes: int = CLASSES
 
     def read(self, part: str) -> Examples:
         return self.examples
@@ -109,11 +109,11 @@ class InMemory(Source):
 
 @functools.cache
 def images() -> InMemory:
-    """MNIST's training examples, or digits resized to its shape, whose spectrum decays as fast."""
-    if (Path(os.environ.get("METALEARN_DATA", "")) / "mnist").is_dir() and "METALEARN_DATA" in os.environ:
+    """MNIST's training examples, or digits resized to its shape."""
+    root = os.environ.get("METALEARN_DATA")
+    if root and (Path(root) / "mnist").is_dir():
         return InMemory("MNIST", ImageSource(path="mnist", normalise="per_pixel").read("train"))
-    digits = ImageSource(path="digits", image_size=28, normalise="per_pixel").read("train")
-    return InMemory("digits at 28x28", digits)
+    return InMemory("digits at 28x28", ImageSource(path="digits", image_size=28, normalise="per_pixel").read("train"))
 
 
 @functools.cache
@@ -124,25 +124,21 @@ def _opened(source: InMemory, rank: int | None) -> ProjectedImages:
 
 
 def projected(source: InMemory, num_features: int, rank: int | None) -> ProjectedImages:
-    """An opened task distribution; the principal directions, which take seconds, are found once per ``rank``."""
+    """An opened task distribution; the principal directions, which take seconds, are computed once per rank."""
     tasks = copy.copy(_opened(source, rank))
     tasks.num_features = num_features
     return tasks
 
 
-def plain_task(task: int, examples: Examples, num_features: int, length: int = LENGTH) -> tuple[Tensor, Tensor]:
-    """A task as public reproductions draw it: a generator of its own, a whole matrix, one product per example."""
-    generator = torch.Generator().manual_seed(task)
-    projection_DP = torch.randn(num_features, examples.inputs.shape[1], generator=generator)
-    projection_DP /= math.sqrt(examples.inputs.shape[1])
-    chosen_T = torch.randint(len(examples.targets), (length,), generator=generator)
-    x_TD = torch.stack([projection_DP @ image_P for image_P in examples.inputs[chosen_T]])
-    relabel_K = torch.randperm(10, generator=generator)
-    return x_TD, relabel_K[examples.targets[chosen_T]]
+def batches_of(tasks: ProjectedImages) -> Iterator[Batch]:
+    step = 0
+    while True:
+        yield tasks.batch(step, 0, SEQUENCES, LENGTH, MetaTrain())
+        step += 1
 
 
 class PlainTasks(Dataset):
-    """Plain tasks by number, for a DataLoader."""
+    """Tasks as public reproductions draw them: a generator per task, a whole matrix, one product per example."""
 
     def __init__(self, examples: Examples, num_features: int):
         self.examples, self.num_features = examples, num_features
@@ -150,59 +146,317 @@ class PlainTasks(Dataset):
     def __len__(self) -> int:
         return 2**20
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return plain_task(index, self.examples, self.num_features)
+    def __getitem__(self, task: int) -> tuple[Tensor, Tensor]:
+        images_NP, labels_N = self.examples
+        generator = torch.Generator().manual_seed(task)
+        projection_DP = torch.randn(self.num_features, images_NP.shape[1], generator=generator)
+        projection_DP /= math.sqrt(images_NP.shape[1])
+        chosen_T = torch.randint(len(images_NP), (LENGTH,), generator=generator)
+        relabel_K = torch.randperm(CLASSES, generator=generator)
+        x_TD = torch.stack([projection_DP @ image_P for image_P in images_NP[chosen_T]])
+        return x_TD, relabel_K[labels_N[chosen_T]]
 
 
-def plain_batch(first: int, examples: Examples, num_features: int, sequences: int = SEQUENCES) -> Batch:
-    tasks = [plain_task(first + offset, examples, num_features) for offset in range(sequences)]
-    x_BTD, y_BT = (torch.stack(parts) for parts in zip(*tasks, strict=True))
-    return Batch(x_BTD, y_BT)
+def plain_batch(tasks: PlainTasks, first: int, sequences: int = SEQUENCES) -> Batch:
+    x, y = zip(*(tasks[first + offset] for offset in range(sequences)), strict=True)
+    return Batch(torch.stack(x), torch.stack(y))
 
 
-# -- generation ----------------------------------------------------------------------------------------------------------
+# -- generation --------------------------------------------------------------------------------------------------------
 
 
 def generation(effort: Effort) -> Iterator[Row]:
-    """One batch of tasks against one generator and one matrix-vector product per example; the same output shape."""
-    source = images()
-    check_law(source.examples)
-    for num_features, rank, bar in ((64, None, 1.7), (64, RANK, 8), (784, None, None), (784, RANK, 8)):
-        tasks = projected(source, num_features, rank)
-        check_projection(tasks)
-        steps = iter(range(10**9))
-        measured = effort.compare(
-            lambda tasks=tasks, steps=steps: tasks.batch(next(steps), 0, SEQUENCES, LENGTH, MetaTrain()),
-            lambda d=num_features, steps=steps: plain_batch(SEQUENCES * next(steps), source.examples, d),
-        )
-        kept = "full rank" if rank is None else f"rank {rank} ({tasks.kept_variance[BASE]:.1%} of variance)"
-        yield Row(f"generation 784->{num_features}, {kept}", measured, bar)
+    """One batch of tasks against the plain way of drawing it, with the same output shape on both sides."""
+    check_law(images().examples)
+    for num_features, rank, bar in ((64, None, 1.7), (64, RANK, 8.0), (PIXELS, None, None), (PIXELS, RANK, 8.0)):
+        ours, theirs = projected(images(), num_features, rank), PlainTasks(images().examples, num_features)
+        require_equal("projected examples", ours.batch(0, 0, 4, LENGTH, MetaTrain()).x, dense_batch(ours, 4), 1e-4)
+        for part, ours_part, theirs_part in zip(Batch._fields, next(batches_of(ours)), plain_batch(theirs, 0)):
+            require_alike(part, ours_part, theirs_part)
+        measured = effort.compare(functools.partial(next, batches_of(ours)), lambda t=theirs: plain_batch(t, 0))
+        kept = f"rank {rank} ({ours.kept_variance[BASE]:.1%} of variance)" if rank else "full rank"
+        yield Row(f"generation {PIXELS}->{num_features}, {kept}", measured, bar)
 
 
-def check_projection(tasks: ProjectedImages, sequences: int = 2, length: int = LENGTH) -> None:
-    """A batch is A x for the drawn A and raw images x, A taken back to pixels: dense, one sequence at a time."""
-    batch = tasks.batch(0, 0, sequences, length, MetaTrain())
-    examples, rotation_PR = tasks.source.read("train"), tasks._rotations[BASE]
+def dense_batch(tasks: ProjectedImages, sequences: int) -> Tensor:
+    """The x (B, T, D) of step 0 anew: whole images times the drawn A taken back to pixels, one sequence at a time."""
+    images_NP, rotation_PR = tasks.source.read("train").inputs, tasks._rotations[BASE]
+    pixels = images_NP.shape[1]
+    back_PR = torch.eye(pixels) if rotation_PR is None else rotation_PR
+    x = []
     for visit in random.fold(random.key(0, "train", 0), torch.arange(sequences)):
-        chosen_T = random.distinct(random.fold(visit, "examples"), length, len(examples.targets))
-        pixels = examples.inputs.shape[1]
-        kept = pixels if rotation_PR is None else rotation_PR.shape[1]
-        drawn_RD = random.normal(random.fold(visit, "task", "projection"), (kept, tasks.num_features))
-        projection_PD = (drawn_RD if rotation_PR is None else rotation_PR @ drawn_RD) / math.sqrt(pixels)
-        x_TD, *rest = batch.x
-        require_equal("projected examples", x_TD, examples.inputs[chosen_T] @ projection_PD, 1e-4)
-        batch = Batch(torch.stack(rest) if rest else batch.x, batch.y)
+        drawn_RD = random.normal(random.fold(visit, "task", "projection"), (back_PR.shape[1], tasks.num_features))
+        chosen_T = random.distinct(random.fold(visit, "examples"), LENGTH, len(images_NP))
+        x.append(images_NP[chosen_T] @ (back_PR @ drawn_RD) / math.sqrt(pixels))
+    return torch.stack(x)
 
 
 def check_law(examples: Examples, num_features: int = 64, sequences: int = 256) -> None:
-    """On images of norm sqrt(P), every projected feature is N(0, 1) given the image, and inner products agree in law."""
-    pixels = examples.inputs.shape[1]
-    unit = functional.normalize(examples.inputs[:2000], dim=1) * math.sqrt(pixels)
-    source = InMemory("images of norm sqrt(P)", Examples(unit, examples.targets[:2000]))
+    """On images of norm sqrt(P): projected features have variance 1 given the image, inner products the same law."""
+    images_NP = functional.normalize(examples.inputs[:2000]) * math.sqrt(examples.inputs.shape[1])
+    source = InMemory("images of one norm", Examples(images_NP, examples.targets[:2000]))
     ours = projected(source, num_features, None).batch(0, 0, sequences, LENGTH, MetaTrain())
-    theirs = plain_batch(0, source.examples, num_features, sequences)
-    require_equal("labels", torch.zeros_like(ours.y), torch.zeros_like(theirs.y), 0)
-    require_equal("variances given the image", ours.x.var().round(decimals=1), theirs.x.var().round(decimals=1), 0)
-    first, second = (((x[:, 0] * x[:, 1]).sum(1) / num_features).numpy() for x in (ours.x, theirs.x))
-    if (p := scipy.stats.ks_2samp(first, second).pvalue) < 1e-3:
-        raise Unequal(f"inner products of projected examples differ in law (Kolmogorov-Smirnov p = {p:.1e})")
+    theirs = plain_batch(PlainTasks(source.examples, num_features), 0, sequences)
+    for batch in (ours, theirs):
+        require_equal("the variance given the image and 1", batch.x.square().mean(), torch.tensor(1.0), 0.02)
+    products = [(batch.x[:, 0] * batch.x[:, 1]).sum(-1).numpy() for batch in (ours, theirs)]
+    if (p := scipy.stats.ks_2samp(*products).pvalue) < 1e-3:
+        raise Unequal(f"inner products of projected images differ in law: Kolmogorov-Smirnov p = {p:.1e}")
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def training(effort: Effort) -> Iterator[Row]:
+    """Steps under the Trainer as ``metalearn fit`` sets it up against a bare loop over batches made beforehand.
+
+    A callback runs the bare loop in turns with the Trainer, a block of steps each, in one process and thread. So both
+    sides see the same machine, and everything the Trainer does between the first steps of two blocks counts:
+    batches, hooks, one line of the log per block, budget and checkpoints. Set-up and the progress bar do not.
+    """
+    for name, block in (("quick", 50), ("mnist_small", 10)):
+        measured = against_bare_loop(_config(name), block, effort)
+        yield Row(f"training {name}.yaml, Lightning against a bare loop", measured, 0.95, 1, "steps/s")
+
+
+def against_bare_loop(config: dict[str, Any], block: int, effort: Effort) -> Comparison:
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    optimizer = functools.partial(torch.optim.Adam, **model["optimizer"]["init_args"])
+    constant = {"learner": _learner(config), "optimizer": optimizer, "warmup_steps": 0, "decay": "none"}
+    settings = data["tasks"]["init_args"]
+    tasks = projected(_source(settings["source"]["init_args"]), settings["num_features"], settings.get("rank"))
+    batches = TaskBatches(tasks, data["length"], data["meta_batch_size"])
+    bare = InTurnsWithBareLoop(block, effort)
+    with tempfile.TemporaryDirectory() as run_dir, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _trainer(Path(run_dir), bare).fit(InContextLearning(**model | constant), batches)
+    return Comparison(bare.ours, bare.theirs)
+
+
+class InTurnsWithBareLoop(Callback):
+    """Takes turns with the Trainer; the first block is the warm-up, after which both losses must be equal."""
+
+    def __init__(self, block: int, effort: Effort):
+        self.block, self.effort = block, effort
+        self.ours: list[float] = []
+        self.theirs: list[float] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: InContextLearning) -> None:
+        data, self.tokens = trainer.datamodule, pl_module.tokens
+        shape = data.meta_batch_size, data.length
+        self.batches = [data.tasks.batch(step, 0, *shape, MetaTrain()) for step in range(self.block)]
+        self.learner = copy.deepcopy(pl_module.learner)
+        self.optimizer = pl_module.build_optimizer(self.learner.parameters())
+        self.began = self.started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step % self.block:
+            return
+        middle = time.perf_counter()
+        loss = [train(self.learner, self.tokens, self.optimizer, batch) for batch in self.batches][-1]
+        end = time.perf_counter()
+        if trainer.global_step == self.block:
+            require_equal("losses", outputs["loss"], loss, 1e-6)
+        else:
+            self.ours.append((middle - self.started) / self.block)
+            self.theirs.append((end - middle) / self.block)
+        late = self.ours and end - self.began > self.effort.seconds
+        trainer.should_stop = bool(late) or len(self.ours) == self.effort.pairs
+        self.started = time.perf_counter()
+
+
+def train(learner: Learner, tokens: Tokens, optimizer: Optimizer, batch: Sequence[Tensor]) -> Tensor:
+    """One step of the loop that people write: the loss (detached) before it."""
+    x_BTD, y_BT = batch
+    logits_BTK = tokens.at_examples(learner(tokens.encode(x_BTD, y_BT)))
+    loss = functional.cross_entropy(logits_BTK.flatten(0, 1), y_BT.flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def _config(name: str) -> dict[str, Any]:
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+
+
+def _learner(config: dict[str, Any]) -> Callable[[int, int], Transformer]:
+    return functools.partial(Transformer, **config["model"]["init_args"]["learner"]["init_args"])
+
+
+def _source(settings: dict[str, Any]) -> InMemory:
+    if settings["path"] == "mnist":
+        return images()
+    source = ImageSource(**settings)
+    return InMemory(settings["path"], source.read("train"), source.num_classes)
+
+
+def _trainer(run_dir: Path, bare: InTurnsWithBareLoop) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        max_steps=10**6,
+        default_root_dir=run_dir,
+        logger=CSVLogger(run_dir, name="logs", flush_logs_every_n_steps=1),
+        log_every_n_steps=bare.block,
+        callbacks=[RunCheckpoint(str(run_dir)), Budget(), bare],
+        limit_val_batches=0,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+
+
+# -- end to end --------------------------------------------------------------------------------------------------------
+
+
+def end_to_end(effort: Effort) -> Iterator[Row]:
+    """Tokens per second of batches and training steps against a DataLoader of plain tasks and the same steps.
+
+    The loader's worker process, where there is one, has a core of its own.
+    """
+    cases = (("training", PIXELS, 0, 3.0), ("training", PIXELS, 1, 3.0), ("training", 64, 0, None))
+    for what, num_features, workers, bar in (*cases, ("batches only", PIXELS, 0, None)):
+        ours = batches_of(projected(images(), num_features, RANK))
+        loader = DataLoader(PlainTasks(images().examples, num_features), SEQUENCES, num_workers=workers)
+        for part, ours_part, theirs_part in zip(Batch._fields, next(ours), next(iter(loader)), strict=True):
+            require_alike(part, ours_part, theirs_part)
+        consume = training_step(num_features) if what == "training" else lambda batch: None
+        measured = effort.compare(
+            lambda ours=ours, consume=consume: consume(next(ours)),
+            lambda loader=loader, consume=consume: seconds_per_batch(loader, consume),
+        )
+        name = f"end to end, {what}, {PIXELS}->{num_features}, {workers} workers"
+        yield Row(name, measured, bar, SEQUENCES * LENGTH, "tokens/s")
+
+
+def training_step(num_features: int) -> Callable[[Sequence[Tensor]], object]:
+    """A step of quick.yaml's model on a batch, with weights of its own."""
+    tokens = Tokens("shift", num_features, CLASSES)
+    learner = _learner(_config("quick"))(tokens.width, CLASSES)
+    return functools.partial(train, learner, tokens, torch.optim.Adam(learner.parameters(), lr=1e-3))
+
+
+def seconds_per_batch(loader: DataLoader, consume: Callable[[Sequence[Tensor]], object], count: int = 3) -> float:
+    """Of a loader in its stride: started anew, so that a worker does not get ahead while the other side is timed."""
+    batches = iter(loader)
+    consume(next(batches))
+    return seconds_per_call(lambda: consume(next(batches)), count)
+
+
+# -- classifier --------------------------------------------------------------------------------------------------------
+
+
+class Uncached(InContextClassifier):
+    """Reads the context again with every query: whole sequences through the learner's forward pass."""
+
+    def _answer(self, x_QF: Tensor) -> Tensor:
+        x_1ND, y_1N = self._context
+        queries_QD = (self._standardise(x_QF) @ self._basis_EFD[0]).to(x_1ND)
+        x_QTD = torch.cat([x_1ND.expand(len(x_QF), -1, -1), queries_QD.unsqueeze(1)], dim=1)
+        y_QT = functional.pad(y_1N, (0, 1)).expand(len(x_QF), -1)
+        with torch.inference_mode():
+            logits_QK = self._tokens.at_examples(self._learner(self._tokens.encode(x_QTD, y_QT)))[:, -1]
+        return class_probabilities(logits_QK.double()[None, None], self._codes_EGC)[0]
+
+
+def classifier(effort: Effort, rows: int = 10_000, subset: int = 512) -> Iterator[Row]:
+    """``predict_proba`` of many rows after 100 context rows, against whole sequences for ``subset`` rows, scaled up."""
+    rng = np.random.default_rng(0)
+    context, labels = rng.standard_normal((LENGTH, 64)), np.arange(LENGTH) % 5
+    queries = rng.standard_normal((rows, 64))
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = random_checkpoint(Path(folder))
+        ours, theirs = (
+            kind(checkpoint, num_estimators=1).fit(context, labels) for kind in (InContextClassifier, Uncached)
+        )
+        answers = [torch.from_numpy(way.predict_proba(queries[:subset])) for way in (ours, theirs)]
+        require_equal("probabilities", answers[0], answers[1], 1e-5)
+        measured = effort.compare(
+            lambda: ours.predict_proba(queries),
+            lambda: rows / subset * seconds_per_call(lambda: theirs.predict_proba(queries[:subset])),
+        )
+    yield Row(f"classifier, {rows:,} rows, without cache timed on {subset}", measured, 5, rows, "rows/s")
+
+
+def random_checkpoint(folder: Path) -> Path:
+    """quick.yaml's model with random weights, for contexts of up to 100 examples."""
+    tokens = Tokens("shift", num_features=16, num_classes=5)
+    torch.manual_seed(0)
+    learner = _learner(_config("quick"))(tokens.width, tokens.num_classes)
+    sizes = {"num_features": tokens.num_features, "num_classes": tokens.num_classes, "length": LENGTH + 1}
+    save_learner(folder / "random.safetensors", learner, {"learner": describe(learner), "tokens": "shift"} | sizes)
+    return folder / "random.safetensors"
+
+
+# -- gpu ---------------------------------------------------------------------------------------------------------------
+
+
+def gpu(effort: Effort, sequences: int = 512, num_features: int = 64) -> Iterator[Row]:
+    """A compiled bfloat16 training step of the paper's model size against an eager float32 one."""
+    if not torch.cuda.is_available():
+        print("gpu: not run: no GPU")
+        return
+    x_BTD = torch.randn(sequences, LENGTH, num_features, device="cuda")
+    batch = Batch(x_BTD, torch.randint(CLASSES, (sequences, LENGTH), device="cuda"))
+    tokens = Tokens("shift", num_features, CLASSES)
+    eager = Transformer(tokens.width, CLASSES, width=256, depth=4, heads=8, head_width=32).cuda()
+    fast = copy.deepcopy(eager)
+    fast.compile()
+    theirs = functools.partial(train, eager, tokens, torch.optim.Adam(eager.parameters()), batch)
+    plain = functools.partial(train, fast, tokens, torch.optim.Adam(fast.parameters()), batch)
+    ours = torch.autocast("cuda", torch.bfloat16)(plain)
+    require_equal("losses", ours(), theirs(), 2e-2)
+    measured = effort.compare(ours, theirs)
+    yield Row("gpu, compiled bfloat16 against eager float32", measured, 3, sequences * LENGTH, "tokens/s")
+
+
+# -- report ------------------------------------------------------------------------------------------------------------
+
+BENCHES = {
+    "generation": generation,
+    "training": training,
+    "end_to_end": end_to_end,
+    "classifier": classifier,
+    "gpu": gpu,
+}
+
+
+def header() -> str:
+    """Machine, versions, time and data, without which the numbers below say nothing."""
+    git = ["git", "-C", str(CONFIGS), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    load = f"load {os.getloadavg()[0]:.1f}"
+    machine = f"{platform.machine()}, {os.cpu_count()} cores ({load}), {torch.get_num_threads()} threads, {device}"
+    now = time.strftime("%Y-%m-%d %H:%M")
+    versions = f"torch {torch.__version__}, {now}, commit {commit or 'unknown'}, {images().name}"
+    columns = f"{'':<54}{'ours':>10}{'theirs':>10} {'':<8} {'ratio [min, max]':<22} {'bar':<7}"
+    return f"{machine}\n{versions}\n\n{columns.rstrip()}"
+
+
+def main(
+    threads: int = 1,
+    pairs: int = 7,
+    only: Literal["generation", "training", "end_to_end", "classifier", "gpu"] | None = None,
+    seconds: float = 200,
+) -> None:
+    """Print a row per measurement: medians of both sides, and the median ratio, above 1 where ours is faster.
+
+    Args:
+        threads: of torch, set for both sides.
+        pairs: interleaved pairs per measurement, at most.
+        only: the one group of measurements to run.
+        seconds: time for the whole report beside set-up; a measurement past its share begins no further pair.
+    """
+    torch.set_num_threads(threads)
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    print(header(), flush=True)
+    for name in [only] if only else BENCHES:
+        try:
+            for row in BENCHES[name](Effort(pairs, seconds / NUM_ROWS)):
+                print(row, flush=True)
+        except Unequal as error:
+            print(f"{name}: NOT MEASURED: {error}", flush=True)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

@@ -22,7 +22,7 @@ class Unequal(Exception):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds per call of both ways, pair by pair, and how many times faster ours is."""
+    """Seconds per call of both ways, pair by pair."""
 
     ours: Sequence[float]
     theirs: Sequence[float]
@@ -41,10 +41,10 @@ class Comparison:
 def compare(
     ours: Callable[[], object], theirs: Callable[[], object], pairs: int = 7, seconds: float = 30
 ) -> Comparison:
-    """Time two ways in interleaved pairs: at least one pair, and then no more than fit into ``seconds``."""
+    """Time two ways in interleaved pairs, after warming them up; past ``seconds`` no further pair is begun."""
     ways, deadline = (ours, theirs), time.perf_counter() + seconds
     for way in ways:
-        seconds_per_call(way)  # warm-up
+        seconds_per_call(way)
     repeats = [max(1, math.ceil(_SHORTEST / seconds_per_call(way))) for way in ways]
     samples: tuple[list[float], list[float]] = ([], [])
     for pair in range(pairs):
@@ -56,20 +56,24 @@ def compare(
 
 
 def seconds_per_call(way: Callable[[], object], repeats: int = 1) -> float:
-    """Wall seconds of one call, averaged over ``repeats``. A way that returns a float has timed itself."""
+    """Wall seconds of one call, averaged over ``repeats``; a way that returns a float has timed itself."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
-    start, own = time.perf_counter(), 0.0
-    for _ in range(repeats):
-        answer = way()
-        own += answer if isinstance(answer, float) else 0.0
+    start = time.perf_counter()
+    answers = [way() for _ in range(repeats)]
     wait()
-    return (own or time.perf_counter() - start) / repeats
+    own = [answer for answer in answers if isinstance(answer, float)]
+    return (sum(own) if own else time.perf_counter() - start) / repeats
+
+
+def require_alike(what: str, ours: Tensor, theirs: Tensor) -> None:
+    """Raise ``Unequal`` unless shapes and types agree."""
+    if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+        raise Unequal(f"{what}: {tuple(ours.shape)} {ours.dtype} against {tuple(theirs.shape)} {theirs.dtype}")
 
 
 def require_equal(what: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
-    """Raise ``Unequal`` unless shapes and types agree, and values within an absolute ``tolerance``."""
-    if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
-        raise Unequal(f"{what}: {tuple(ours.shape)} {ours.dtype} against {tuple(theirs.shape)} {theirs.dtype}")
+    """Raise ``Unequal`` unless shapes and types agree, and values up to an absolute ``tolerance``."""
+    require_alike(what, ours, theirs)
     if not (distance := float((ours - theirs).abs().max())) <= tolerance:
         raise Unequal(f"{what} differ by {distance:.2e}; accepted: at most {tolerance:.0e}")
