@@ -28,7 +28,7 @@ from metalearn.models.tokens import Tokens
 Checkpoint = tuple[Learner, dict[str, Any], dict[str, Tensor]]
 
 _LARGEST = 1e3  # standard deviations: keeps any finite input finite inside the learner
-_TILE = 16  # rows: in a batch of whole tiles, a row's sums are taken in the same order wherever it stands
+_TILE = 16  # rows: batches of whole tiles meet the same kernels, so that a row's answer hardly depends on the others
 _SETTINGS = ("num_estimators", "projection", "scaling", "query_batch_size", "dtype", "random_state")
 _FITTED = ("centre_F", "scale_F", "basis_EFD", "context_END", "codes_EGC", "labels_EN")
 _PREFILLED = ("_learner", "_tokens", "_context", "_state")
@@ -54,8 +54,8 @@ class InContextClassifier(ClassifierMixin, BaseEstimator):
         num_estimators: members of the ensemble, at least 1.
         projection: "random" or "pca".
         scaling: "per_feature" (columns of unit variance: tables) or "scalar" (one scale for all: pixels, embeddings).
-        query_batch_size: queries answered together, at least 1, rounded up to a multiple of 16; the last batch is
-            padded. Memory grows with it; answers do not depend on it, nor on how a caller splits them, up to rounding.
+        query_batch_size: queries answered together, at least 1. Memory grows with it; answers do not depend on it, nor
+            on how a caller splits them, up to rounding.
         device: torch device of the learner.
         dtype: "float32", "float64" or "bfloat16": the precision of the learner; answers come in X's floating type.
         trusted_classes: learner classes outside metalearn.models that a checkpoint may name.
@@ -148,9 +148,8 @@ class InContextClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         require_range("query_batch_size", self.query_batch_size, 1)
         X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
-        size = _TILE * math.ceil(self.query_batch_size / _TILE)
-        chunks = (torch.from_numpy(np.array(X[i : i + size], dtype=np.float64)) for i in range(0, len(X), size))
-        answers_QC = torch.cat([self._answer(functional.pad(c, (0, 0, 0, size - len(c))))[: len(c)] for c in chunks])
+        chunks = (X[i : i + self.query_batch_size] for i in range(0, len(X), self.query_batch_size))
+        answers_QC = torch.cat([self._answer(torch.from_numpy(np.array(c, dtype=np.float64))) for c in chunks])
         if not answers_QC.isfinite().all():
             raise ValueError(f"the learner's answers are not finite: {self.checkpoint} may come from a diverged run")
         return answers_QC.numpy().astype(X.dtype)
@@ -181,19 +180,19 @@ class InContextClassifier(ClassifierMixin, BaseEstimator):
         self._tokens = Tokens(card["tokens"], card["num_features"], card["num_classes"])
         labels_EGN = self._labels_EN.unsqueeze(1).expand(-1, self._codes_EGC.shape[1], -1)
         y_MN = self._codes_EGC.gather(2, labels_EGN).flatten(0, 1).to(self.device)
-        self._context = self._per_sequence(self._context_END, dtype), y_MN
+        self._context = self._per_sequence(self._context_END, dtype).to(self.device), y_MN
         with torch.inference_mode():
             empty = self._learner.init_state(len(y_MN), self.device, dtype)
             self._state: State = self._learner.prefill(self._tokens.context(*self._context), empty)[1]
 
     def _answer(self, x_QF: Tensor) -> Tensor:
         """Probabilities (Q, C) in float64: members' class probabilities, averaged."""
-        seen_MND, _ = self._context
-        queries_EQD = self._standardise(x_QF) @ self._basis_EFD
+        (seen_MND, _), queries = self._context, len(x_QF)
+        queries_EQD = self._standardise(functional.pad(x_QF, (0, 0, 0, -queries % _TILE))) @ self._basis_EFD
         with torch.inference_mode():
             queries_MQD = self._per_sequence(queries_EQD, seen_MND.dtype).to(seen_MND.device)
             logits_MQK = self._learner.branch(self._tokens.query(queries_MQD, *self._context), self._state)
-            logits_EGQK = logits_MQK.cpu().double().unflatten(0, self._codes_EGC.shape[:2])
+            logits_EGQK = logits_MQK[:, :queries].cpu().double().unflatten(0, self._codes_EGC.shape[:2])
             return class_probabilities(logits_EGQK, self._codes_EGC).mean(0)
 
     def _per_sequence(self, x_END: Tensor, dtype: torch.dtype) -> Tensor:
@@ -213,7 +212,7 @@ class InContextClassifier(ClassifierMixin, BaseEstimator):
         kept_FR = directions_RF[:num_features].T
         drawn = torch.from_numpy(rng.standard_normal((self.num_estimators, kept_FR.shape[1], num_features)))
         energy = float(spread_R[:num_features].square().sum()) / len(z_NF)  # what projected features' variance would be
-        return kept_FR @ drawn / math.sqrt(energy or 1.0)
+        return kept_FR @ drawn / math.sqrt(energy if energy > 1e-6 else 1.0)
 
     def _description(self) -> dict[str, Any]:
         """What ``_restore`` needs beside the fitted tensors: builtins only."""
@@ -235,7 +234,7 @@ class InContextClassifier(ClassifierMixin, BaseEstimator):
             for name in _FITTED:
                 setattr(self, f"_{name}", tensors[f"fit.{name}"])
             self._prefill(learner, card)
-            trial_QC = self._answer(torch.zeros(_TILE, self.n_features_in_, dtype=torch.float64))
+            trial_QC = self._answer(torch.zeros(1, self.n_features_in_, dtype=torch.float64))
             require_choice("its number of answers", trial_QC.shape[1], (len(self.classes_),))
         except (KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
             raise ValueError(f"{str(self.checkpoint)!r} does not hold a fitted classifier: {error!r}") from error
@@ -254,12 +253,9 @@ class InContextClassifier(ClassifierMixin, BaseEstimator):
 
 
 def class_probabilities(logits_EGQK: Tensor, codes_EGC: Tensor) -> Tensor:
-    """P(c) ∝ prod_g softmax over the outputs in use of digit g at code (g, c): (E, Q, C). With one digit, a masked softmax."""
-    used_EGK = torch.zeros(*codes_EGC.shape[:2], logits_EGQK.shape[-1], dtype=torch.bool)
-    used_EGK.scatter_(2, codes_EGC, True)
-    log_EGQK = logits_EGQK.masked_fill(~used_EGK.unsqueeze(2), -torch.inf).log_softmax(-1)
-    index = codes_EGC.unsqueeze(2).expand(-1, -1, logits_EGQK.shape[2], -1)
-    return log_EGQK.gather(3, index).sum(1).softmax(-1)
+    """P(c) ∝ prod_g exp(logit of digit g at code (g, c)): (E, Q, C); outputs that no class uses are masked thereby."""
+    index_EGQC = codes_EGC.unsqueeze(2).expand(-1, -1, logits_EGQK.shape[2], -1)
+    return logits_EGQK.gather(3, index_EGQC).sum(1).softmax(-1)
 
 
 def _classes(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -307,10 +303,9 @@ def _read(path: str | Path | None, trusted: Sequence[type[Learner]]) -> Checkpoi
     """Learner, card and further tensors of a checkpoint, one copy in memory however many classifiers use it."""
     if path is None:
         raise ValueError("checkpoint is None; accepted: the path of a .ckpt or .safetensors file written by metalearn")
-    if not Path(path).is_file():
-        raise ValueError(f"no checkpoint at {str(path)!r}; accepted: a .ckpt or .safetensors file written by metalearn")
-    file = Path(path).stat()
-    return _load(str(path), (file.st_ino, file.st_mtime_ns, file.st_size), tuple(trusted))
+    file = Path(path).stat() if Path(path).is_file() else None
+    version = (file.st_ino, file.st_mtime_ns, file.st_size) if file else ()
+    return _load(str(path), version, tuple(trusted))
 
 
 @functools.lru_cache(maxsize=4)

@@ -56,6 +56,7 @@ _EXPECTED_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning 2.6
     ".*does not have many workers which may be a bottleneck",  # loaders carry requests, not data
     "Checkpoint directory .* exists and is not empty",  # every resume
+    "The dirpath has changed from",  # evaluation, or a start from another run's checkpoint
     "You're resuming from a checkpoint that ended before the epoch ended",  # streams start at the step, whatever the epoch
 )
 
@@ -236,6 +237,7 @@ class RunRecord(SaveConfigCallback):
         pass
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.log_dir = trainer.log_dir  # asks every rank, and save_config runs on the first one alone
         super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -250,8 +252,8 @@ class RunRecord(SaveConfigCallback):
             "git": _git_state(),
             "data": data.state_dict(),
         }
-        assert trainer.log_dir is not None
-        (Path(trainer.log_dir) / "run.json").write_text(json.dumps(record, indent=1))
+        assert self.log_dir is not None
+        (Path(self.log_dir) / "run.json").write_text(json.dumps(record, indent=1))
         (Path(trainer.default_root_dir) / RESULT).unlink(missing_ok=True)  # of a shorter run that now goes on
 
 

@@ -6,9 +6,10 @@ comes after the key's own axes. Element j of key k is SplitMix64's output functi
 (Steele, Lea
 and Flood 2014, "Fast Splittable Pseudorandom Number Generators", fig. 16); child keys are hashes of their parent.
 Integers are equal bit by
-bit on every device; floats up to the rounding of ``log``, ``cos`` and ``sin``.
+bit on every device; floats up to the rounding of ``erfinv``.
 """
 
+import functools
 import math
 import zlib
 
@@ -18,6 +19,7 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # int64 spelling of the odd constants of SplitMix64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
+_UNIT = 2.0**-31 * (1 - 2.0**-23)  # takes every int32 into (-1, 1), never onto its ends
 
 
 def _signed(number: int) -> int:
@@ -26,12 +28,12 @@ def _signed(number: int) -> int:
 
 def _mix(x: Tensor) -> Tensor:
     """SplitMix64's bijective output function, in place; ``>>`` keeps the sign in torch, so the mask makes it logical."""
-    x ^= (x >> 30) & (2**34 - 1)
-    x *= _MIX_1
-    x ^= (x >> 27) & (2**37 - 1)
-    x *= _MIX_2
-    x ^= (x >> 31) & (2**33 - 1)
-    return x
+    shifted = (x >> 30).bitwise_and_(2**34 - 1)
+    x.bitwise_xor_(shifted).mul_(_MIX_1)
+    shifted.copy_(x).bitwise_right_shift_(27).bitwise_and_(2**37 - 1)  # one scratch tensor, not three
+    x.bitwise_xor_(shifted).mul_(_MIX_2)
+    shifted.copy_(x).bitwise_right_shift_(31).bitwise_and_(2**33 - 1)
+    return x.bitwise_xor_(shifted)
 
 
 def _mix_number(number: int) -> int:
@@ -65,8 +67,12 @@ def fold(parent: Tensor, *data: int | str | Tensor) -> Tensor:
 
 def bits(key: Tensor, count: int) -> Tensor:
     """``count`` int64 words of 64 random bits for each key: (*key.shape, count)."""
-    counter = torch.arange(1, count + 1, dtype=torch.int64, device=key.device) * _GOLDEN
-    return _mix(key.unsqueeze(-1) + counter)
+    return _mix(key.unsqueeze(-1) + _counter(count, key.device))
+
+
+@functools.lru_cache(maxsize=16)
+def _counter(count: int, device: torch.device) -> Tensor:
+    return torch.arange(1, count + 1, dtype=torch.int64, device=device) * _GOLDEN
 
 
 def uniform(key: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
@@ -76,17 +82,13 @@ def uniform(key: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
 
 
 def normal(key: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
-    """float32 standard normals by Box and Muller: (*key.shape, *shape); the largest possible magnitude is 5.77.
+    """float32 standard normals, ``sqrt(2) erfinv(u)`` with u uniform in (-1, 1): (*key.shape, *shape).
 
-    ``r cos(2 pi v)`` and ``r sin(2 pi v)`` with ``r = sqrt(-2 log u)``, ``u`` in (0, 1] and ``v`` in [0, 1) of 24
-    bits each.
+    Every word gives two numbers of 32 bits, of which u keeps 24; the largest possible magnitude is 5.29.
     """
     count = math.prod(shape)
-    words = bits(key, (count + 1) // 2)
-    angle = (words & (2**24 - 1)).float().mul_(2 * math.pi * 2.0**-24)
-    radius = ((words >> 40) & (2**24 - 1)).float().add_(1).mul_(2.0**-24).log_().mul_(-2).sqrt_()
-    pair = torch.cat([angle.cos().mul_(radius), angle.sin_().mul_(radius)], dim=-1)
-    return pair[..., :count].reshape(*key.shape, *shape)
+    halves = bits(key, (count + 1) // 2).view(torch.int32)[..., :count]
+    return halves.float().mul_(_UNIT).erfinv_().mul_(math.sqrt(2)).reshape(*key.shape, *shape)
 
 
 def integers(key: Tensor, shape: tuple[int, ...], high: int) -> Tensor:

@@ -12,6 +12,7 @@ B sequences, T examples, P pixels, R kept directions, D projected features, K cl
 
 import copy
 import functools
+import itertools
 import logging
 import math
 import os
@@ -37,7 +38,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from experiments.bench.timing import Comparison, Unequal, compare, require_alike, require_equal, seconds_per_call
+from experiments.bench.timing import Comparison, UnequalError, compare, require_alike, require_equal, seconds_per_call
 from metalearn import random
 from metalearn.base import Batch, Examples, Learner, MetaTrain, Source
 from metalearn.classifier import InContextClassifier, class_probabilities
@@ -57,7 +58,7 @@ NUM_ROWS = 12  # of a whole report, over which the time is shared out
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report, in milliseconds per call, or in units of work per second where a call does ``amount``."""
+    """One line of the report: milliseconds per call, or units per second of a call that does ``amount`` of them."""
 
     name: str
     measured: Comparison
@@ -68,14 +69,14 @@ class Row:
     def __str__(self) -> str:
         ratio, ratios = self.measured.ratio, self.measured.ratios
         ours, theirs = self._shown(self.measured.ours), self._shown(self.measured.theirs)
-        bar = "" if self.bar is None else f">= {self.bar:g}"
-        verdict = "" if self.bar is None else "ok" if ratio >= self.bar else "BELOW"
+        verdict = "" if self.bar is None else f">= {self.bar:<4g} {'ok' if ratio >= self.bar else 'BELOW'}"
         spread = f"{ratio:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-        return f"{self.name:<54}{ours:>10}{theirs:>10} {self.unit:<8} {spread:<22} {bar:<7} {verdict}".rstrip()
+        return f"{self.name:<56}{ours:>10}{theirs:>10} {self.unit:<8} {spread:<22} {verdict}".rstrip()
 
     def _shown(self, samples: Sequence[float]) -> str:
         seconds = float(np.median(samples))
-        return f"{1e3 * seconds:.2f}" if self.amount is None else f"{self.amount / seconds:,.0f}"
+        shown = 1e3 * seconds if self.amount is None else self.amount / seconds
+        return f"{shown:,.2f}" if shown < 1000 else f"{shown:,.0f}"
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,7 @@ def projected(source: InMemory, num_features: int, rank: int | None) -> Projecte
 
 
 def batches_of(tasks: ProjectedImages) -> Iterator[Batch]:
-    step = 0
-    while True:
-        yield tasks.batch(step, 0, SEQUENCES, LENGTH, MetaTrain())
-        step += 1
+    return (tasks.batch(step, 0, SEQUENCES, LENGTH, MetaTrain()) for step in itertools.count())
 
 
 class PlainTasks(Dataset):
@@ -157,9 +155,10 @@ class PlainTasks(Dataset):
         return x_TD, relabel_K[labels_N[chosen_T]]
 
 
-def plain_batch(tasks: PlainTasks, first: int, sequences: int = SEQUENCES) -> Batch:
-    x, y = zip(*(tasks[first + offset] for offset in range(sequences)), strict=True)
-    return Batch(torch.stack(x), torch.stack(y))
+def plain_batches(tasks: PlainTasks, sequences: int = SEQUENCES) -> Iterator[Batch]:
+    for first in itertools.count(step=sequences):
+        x, y = zip(*(tasks[first + offset] for offset in range(sequences)), strict=True)
+        yield Batch(torch.stack(x), torch.stack(y))
 
 
 # -- generation --------------------------------------------------------------------------------------------------------
@@ -171,9 +170,10 @@ def generation(effort: Effort) -> Iterator[Row]:
     for num_features, rank, bar in ((64, None, 1.7), (64, RANK, 8.0), (PIXELS, None, None), (PIXELS, RANK, 8.0)):
         ours, theirs = projected(images(), num_features, rank), PlainTasks(images().examples, num_features)
         require_equal("projected examples", ours.batch(0, 0, 4, LENGTH, MetaTrain()).x, dense_batch(ours, 4), 1e-4)
-        for part, ours_part, theirs_part in zip(Batch._fields, next(batches_of(ours)), plain_batch(theirs, 0)):
-            require_alike(part, ours_part, theirs_part)
-        measured = effort.compare(functools.partial(next, batches_of(ours)), lambda t=theirs: plain_batch(t, 0))
+        batches = batches_of(ours), plain_batches(theirs)
+        for part in zip(Batch._fields, *map(next, batches), strict=True):
+            require_alike(*part)
+        measured = effort.compare(*(functools.partial(next, side) for side in batches))
         kept = f"rank {rank} ({ours.kept_variance[BASE]:.1%} of variance)" if rank else "full rank"
         yield Row(f"generation {PIXELS}->{num_features}, {kept}", measured, bar)
 
@@ -196,12 +196,12 @@ def check_law(examples: Examples, num_features: int = 64, sequences: int = 256) 
     images_NP = functional.normalize(examples.inputs[:2000]) * math.sqrt(examples.inputs.shape[1])
     source = InMemory("images of one norm", Examples(images_NP, examples.targets[:2000]))
     ours = projected(source, num_features, None).batch(0, 0, sequences, LENGTH, MetaTrain())
-    theirs = plain_batch(PlainTasks(source.examples, num_features), 0, sequences)
+    theirs = next(plain_batches(PlainTasks(source.examples, num_features), sequences))
     for batch in (ours, theirs):
         require_equal("the variance given the image and 1", batch.x.square().mean(), torch.tensor(1.0), 0.02)
-    products = [(batch.x[:, 0] * batch.x[:, 1]).sum(-1).numpy() for batch in (ours, theirs)]
-    if (p := scipy.stats.ks_2samp(*products).pvalue) < 1e-3:
-        raise Unequal(f"inner products of projected images differ in law: Kolmogorov-Smirnov p = {p:.1e}")
+    first, second = ((batch.x[:, 0] * batch.x[:, 1]).sum(-1).numpy() for batch in (ours, theirs))
+    if (p := scipy.stats.ks_2samp(first, second).pvalue) < 1e-3:
+        raise UnequalError(f"inner products of projected images differ in law: Kolmogorov-Smirnov p = {p:.1e}")
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -211,11 +211,12 @@ def training(effort: Effort) -> Iterator[Row]:
     """Steps under the Trainer as ``metalearn fit`` sets it up against a bare loop over batches made beforehand.
 
     A callback runs the bare loop in turns with the Trainer, a block of steps each, in one process and thread. So both
-    sides see the same machine, and everything the Trainer does between the first steps of two blocks counts:
-    batches, hooks, one line of the log per block, budget and checkpoints. Set-up and the progress bar do not.
+    sides see the same machine, and all that the Trainer does from the end of one block to the end of the next counts:
+    batches, hooks, a line of the log per block, budget and checkpoints, but neither set-up nor a progress bar. The
+    blocks are short, hence three times the pairs.
     """
-    for name, block in (("quick", 50), ("mnist_small", 10)):
-        measured = against_bare_loop(_config(name), block, effort)
+    for name, block in (("quick", 25), ("mnist_small", 10)):
+        measured = against_bare_loop(_config(name), block, Effort(3 * effort.pairs, effort.seconds))
         yield Row(f"training {name}.yaml, Lightning against a bare loop", measured, 0.95, 1, "steps/s")
 
 
@@ -241,27 +242,27 @@ class InTurnsWithBareLoop(Callback):
         self.ours: list[float] = []
         self.theirs: list[float] = []
 
-    def on_train_start(self, trainer: Trainer, pl_module: InContextLearning) -> None:
-        data, self.tokens = trainer.datamodule, pl_module.tokens
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        data, learner = trainer.datamodule, copy.deepcopy(pl_module.learner)
         shape = data.meta_batch_size, data.length
         self.batches = [data.tasks.batch(step, 0, *shape, MetaTrain()) for step in range(self.block)]
-        self.learner = copy.deepcopy(pl_module.learner)
-        self.optimizer = pl_module.build_optimizer(self.learner.parameters())
+        self.train = functools.partial(
+            train, learner, pl_module.tokens, pl_module.build_optimizer(learner.parameters())
+        )
         self.began = self.started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step % self.block:
             return
         middle = time.perf_counter()
-        loss = [train(self.learner, self.tokens, self.optimizer, batch) for batch in self.batches][-1]
+        loss = [self.train(batch) for batch in self.batches][-1]
         end = time.perf_counter()
         if trainer.global_step == self.block:
             require_equal("losses", outputs["loss"], loss, 1e-6)
         else:
             self.ours.append((middle - self.started) / self.block)
             self.theirs.append((end - middle) / self.block)
-        late = self.ours and end - self.began > self.effort.seconds
-        trainer.should_stop = bool(late) or len(self.ours) == self.effort.pairs
+            trainer.should_stop = len(self.ours) == self.effort.pairs or end - self.began > self.effort.seconds
         self.started = time.perf_counter()
 
 
@@ -317,14 +318,14 @@ def end_to_end(effort: Effort) -> Iterator[Row]:
     for what, num_features, workers, bar in (*cases, ("batches only", PIXELS, 0, None)):
         ours = batches_of(projected(images(), num_features, RANK))
         loader = DataLoader(PlainTasks(images().examples, num_features), SEQUENCES, num_workers=workers)
-        for part, ours_part, theirs_part in zip(Batch._fields, next(ours), next(iter(loader)), strict=True):
-            require_alike(part, ours_part, theirs_part)
+        for part in zip(Batch._fields, next(ours), next(iter(loader)), strict=True):
+            require_alike(*part)
         consume = training_step(num_features) if what == "training" else lambda batch: None
         measured = effort.compare(
             lambda ours=ours, consume=consume: consume(next(ours)),
             lambda loader=loader, consume=consume: seconds_per_batch(loader, consume),
         )
-        name = f"end to end, {what}, {PIXELS}->{num_features}, {workers} workers"
+        name = f"end to end {PIXELS}->{num_features}, {what}, {'a' if workers else 'no'} worker"
         yield Row(name, measured, bar, SEQUENCES * LENGTH, "tokens/s")
 
 
@@ -411,38 +412,27 @@ def gpu(effort: Effort, sequences: int = 512, num_features: int = 64) -> Iterato
 
 # -- report ------------------------------------------------------------------------------------------------------------
 
-BENCHES = {
-    "generation": generation,
-    "training": training,
-    "end_to_end": end_to_end,
-    "classifier": classifier,
-    "gpu": gpu,
-}
+Group = Literal["generation", "training", "end_to_end", "classifier", "gpu"]
 
 
 def header() -> str:
     """Machine, versions, time and data, without which the numbers below say nothing."""
     git = ["git", "-C", str(CONFIGS), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    load = f"load {os.getloadavg()[0]:.1f}"
-    machine = f"{platform.machine()}, {os.cpu_count()} cores ({load}), {torch.get_num_threads()} threads, {device}"
-    now = time.strftime("%Y-%m-%d %H:%M")
-    versions = f"torch {torch.__version__}, {now}, commit {commit or 'unknown'}, {images().name}"
-    columns = f"{'':<54}{'ours':>10}{'theirs':>10} {'':<8} {'ratio [min, max]':<22} {'bar':<7}"
-    return f"{machine}\n{versions}\n\n{columns.rstrip()}"
+    cores, threads = f"{os.cpu_count()} cores (load {os.getloadavg()[0]:.1f})", torch.get_num_threads()
+    return (
+        f"{platform.machine()}, {cores}, torch {torch.__version__} with {threads} threads, {device}\n"
+        f"{time.strftime('%Y-%m-%d %H:%M')}, commit {commit}, images: {images().name}\n\n"
+        f"{'':<56}{'ours':>10}{'theirs':>10} {'':<8} {'ratio [min, max]':<22} bar"
+    )
 
 
-def main(
-    threads: int = 1,
-    pairs: int = 7,
-    only: Literal["generation", "training", "end_to_end", "classifier", "gpu"] | None = None,
-    seconds: float = 200,
-) -> None:
+def main(threads: int = 1, pairs: int = 7, only: Group | None = None, seconds: float = 200) -> None:
     """Print a row per measurement: medians of both sides, and the median ratio, above 1 where ours is faster.
 
     Args:
-        threads: of torch, set for both sides.
+        threads: of torch, for both sides.
         pairs: interleaved pairs per measurement, at most.
         only: the one group of measurements to run.
         seconds: time for the whole report beside set-up; a measurement past its share begins no further pair.
@@ -450,12 +440,15 @@ def main(
     torch.set_num_threads(threads)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     print(header(), flush=True)
-    for name in [only] if only else BENCHES:
+    groups = (generation, training, end_to_end, classifier, gpu)
+    for group in groups:
+        if only not in (None, group.__name__):
+            continue
         try:
-            for row in BENCHES[name](Effort(pairs, seconds / NUM_ROWS)):
+            for row in group(Effort(pairs, seconds / NUM_ROWS)):
                 print(row, flush=True)
-        except Unequal as error:
-            print(f"{name}: NOT MEASURED: {error}", flush=True)
+        except UnequalError as error:
+            print(f"{group.__name__}: NOT MEASURED: {error}", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import Tensor
 _SHORTEST = 0.1  # seconds: shorter calls are repeated, so that a sample is long against the clock and the scheduler
 
 
-class Unequal(Exception):
+class UnequalError(Exception):
     """Two ways that were to be compared do not do the same thing."""
 
 
@@ -67,13 +67,13 @@ def seconds_per_call(way: Callable[[], object], repeats: int = 1) -> float:
 
 
 def require_alike(what: str, ours: Tensor, theirs: Tensor) -> None:
-    """Raise ``Unequal`` unless shapes and types agree."""
+    """Raise ``UnequalError`` unless shapes and types agree."""
     if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
-        raise Unequal(f"{what}: {tuple(ours.shape)} {ours.dtype} against {tuple(theirs.shape)} {theirs.dtype}")
+        raise UnequalError(f"{what}: {tuple(ours.shape)} {ours.dtype} against {tuple(theirs.shape)} {theirs.dtype}")
 
 
 def require_equal(what: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
-    """Raise ``Unequal`` unless shapes and types agree, and values up to an absolute ``tolerance``."""
+    """Raise ``UnequalError`` unless shapes and types agree, and values up to an absolute ``tolerance``."""
     require_alike(what, ours, theirs)
     if not (distance := float((ours - theirs).abs().max())) <= tolerance:
-        raise Unequal(f"{what} differ by {distance:.2e}; accepted: at most {tolerance:.0e}")
+        raise UnequalError(f"{what} differ by {distance:.2e}; accepted: at most {tolerance:.0e}")

@@ -122,7 +122,7 @@ class ProjectedImages(TaskDistribution):
         visit_B = random.fold(self._key(*path, device=device), torch.arange(first, first + tasks, device=device))
         task_B, biased = self._draw_tasks(visit_B, split)
         chosen_BT = self._choose(random.fold(visit_B, "examples"), length, images, part)
-        x_BTD = _project(features_NR[chosen_BT], random.fold(task_B, "projection"), self.num_features).mul_(images.std)
+        x_BTD = _project(features_NR, chosen_BT, random.fold(task_B, "projection"), self.num_features).mul_(images.std)
         relabel_BK = random.permutation(random.fold(task_B, "labels"), self.num_classes)
         if biased and self.bias_fraction:
             fixed_K = random.permutation(self._key("fixed labels", device=device), self.num_classes)
@@ -188,17 +188,20 @@ class ProjectedImages(TaskDistribution):
         return Images(features_NR, examples.targets, inputs_NP.shape[1] ** -0.5, source.repeat)
 
 
-def _project(chosen_BTR: Tensor, key_B: Tensor, num_features: int) -> Tensor:
-    """x Aᵀ with a standard normal A of its own for each sequence: (B, T, D); on the CPU in blocks that fit into the cache."""
-    rank = chosen_BTR.shape[-1]
-    block = len(key_B)
-    if chosen_BTR.device.type == "cpu":
+def _project(features_NR: Tensor, chosen_BT: Tensor, key_B: Tensor, num_features: int) -> Tensor:
+    """The chosen rows times a standard normal Aᵀ of each sequence's own: (B, T, D).
+
+    On the CPU in blocks of sequences, whose normals and rows stay in the cache from the draw to the product.
+    """
+    (tasks, length), rank = chosen_BT.shape, features_NR.shape[1]
+    block = tasks
+    if features_NR.device.type == "cpu":
         block = max(1, 2 * _CPU_BLOCK * torch.get_num_threads() // (rank * num_features))
-    parts = [
-        images_bTR @ random.normal(key_b, (rank, num_features))
-        for images_bTR, key_b in zip(chosen_BTR.split(block), key_B.split(block), strict=True)
-    ]
-    return torch.cat(parts)
+    x_BTD = features_NR.new_empty(tasks, length, num_features)
+    for x_bTD, chosen_bT, key_b in zip(*(part.split(block) for part in (x_BTD, chosen_BT, key_B)), strict=True):
+        rows_bTR = features_NR.index_select(0, chosen_bT.flatten()).view(*chosen_bT.shape, rank)
+        torch.bmm(rows_bTR, random.normal(key_b, (rank, num_features)), out=x_bTD)
+    return x_BTD
 
 
 def _principal_directions(inputs_NP: Tensor, rank: int | float | None) -> tuple[Tensor | None, float]:

@@ -35,6 +35,14 @@ class RunCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Whole or not at all. Lightning moves a file over from the temporary folder, which across disks is a copy."""
+        partial = f"{filepath}.partial"
+        super()._save_checkpoint(trainer, partial)
+        if trainer.is_global_zero:
+            Path(partial).replace(filepath)
+        self._last_checkpoint_saved = filepath
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # ModelCheckpoint itself leaves last.ckpt at the last multiple of N.
         if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:
