@@ -1,9 +1,12 @@
 """metalearn: learn the parts of a training run that people usually design by hand."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_EXPORTS = {"InContextClassifier": "metalearn.classifier"}
+if TYPE_CHECKING:
+    from metalearn.classifier import InContextClassifier
+
+_EXPORTS = {"InContextClassifier": "metalearn.classifier"}  # imported when first asked for: torch takes a second
 
 __all__ = ["InContextClassifier"]
 

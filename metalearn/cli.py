@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.callbacks import ProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -187,10 +188,17 @@ class MetalearnCLI(LightningCLI):
         return str(path)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        settings = self._get(self.config_init, "trainer")
+        callbacks = settings.callbacks or []
+        if settings.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            settings.callbacks = [
+                *callbacks,
+                TQDMProgressBar(refresh_rate=20),
+            ]  # at every step it costs 3 % of quick.yaml
         if self.subcommand != "fit":
             self.save_config_callback = None
             kwargs["logger"] = False
-        elif self._get(self.config_init, "trainer").logger is None:
+        elif settings.logger is None:
             kwargs["logger"] = CSVLogger(self.run_dir, name="logs", flush_logs_every_n_steps=1)
         return super().instantiate_trainer(**kwargs)
 

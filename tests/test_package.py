@@ -31,7 +31,10 @@ def test_exports_are_there_and_nothing_else():
 
 def test_every_dependency_is_pinned_and_torch_without_a_local_suffix():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
+    wanted = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
     pins = dict(line.split(" ")[0].split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
     names = {name.split("[")[0].split(">")[0].split("<")[0].strip() for name in wanted}
     assert names <= set(pins)

@@ -16,8 +16,6 @@ import itertools
 import logging
 import math
 import os
-import platform
-import subprocess
 import tempfile
 import time
 import warnings
@@ -38,7 +36,8 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from experiments.bench.timing import Comparison, UnequalError, compare, require_alike, require_equal, seconds_per_call
+from experiments.bench.report import Effort, Row, header
+from experiments.bench.timing import Comparison, UnequalError, require_alike, require_equal, seconds_per_call
 from metalearn import random
 from metalearn.base import Batch, Examples, Learner, MetaTrain, Source
 from metalearn.classifier import InContextClassifier, class_probabilities
@@ -54,40 +53,6 @@ from metalearn.training.in_context import InContextLearning
 CONFIGS = Path(__file__).parents[2] / "configs" / "in_context"
 SEQUENCES, LENGTH, PIXELS, CLASSES, RANK = 16, 100, 784, 10, 128
 NUM_ROWS = 12  # of a whole report, over which the time is shared out
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the report: milliseconds per call, or units per second of a call that does ``amount`` of them."""
-
-    name: str
-    measured: Comparison
-    bar: float | None = None
-    amount: float | None = None
-    unit: str = "ms"
-
-    def __str__(self) -> str:
-        ratio, ratios = self.measured.ratio, self.measured.ratios
-        ours, theirs = self._shown(self.measured.ours), self._shown(self.measured.theirs)
-        verdict = "" if self.bar is None else f">= {self.bar:<4g} {'ok' if ratio >= self.bar else 'BELOW'}"
-        spread = f"{ratio:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-        return f"{self.name:<56}{ours:>10}{theirs:>10} {self.unit:<8} {spread:<22} {verdict}".rstrip()
-
-    def _shown(self, samples: Sequence[float]) -> str:
-        seconds = float(np.median(samples))
-        shown = 1e3 * seconds if self.amount is None else self.amount / seconds
-        return f"{shown:,.2f}" if shown < 1000 else f"{shown:,.0f}"
-
-
-@dataclass(frozen=True)
-class Effort:
-    """What one row may cost: at most ``pairs`` pairs, and none begun after ``seconds``."""
-
-    pairs: int
-    seconds: float
-
-    def compare(self, ours: Callable[[], object], theirs: Callable[[], object]) -> Comparison:
-        return compare(ours, theirs, self.pairs, self.seconds)
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------
@@ -312,7 +277,8 @@ def _trainer(run_dir: Path, bare: InTurnsWithBareLoop) -> Trainer:
 def end_to_end(effort: Effort) -> Iterator[Row]:
     """Tokens per second of batches and training steps against a DataLoader of plain tasks and the same steps.
 
-    The loader's worker process, where there is one, has a core of its own.
+    The steps are of quick.yaml's model on tokens (x_j, y_{j-1}), as reproductions have them. The loader's worker
+    process, where there is one, has a core of its own.
     """
     cases = (("training", PIXELS, 0, 3.0), ("training", PIXELS, 1, 3.0), ("training", 64, 0, None))
     for what, num_features, workers, bar in (*cases, ("batches only", PIXELS, 0, None)):
@@ -331,7 +297,7 @@ def end_to_end(effort: Effort) -> Iterator[Row]:
 
 def training_step(num_features: int) -> Callable[[Sequence[Tensor]], object]:
     """A step of quick.yaml's model on a batch, with weights of its own."""
-    tokens = Tokens("shift", num_features, CLASSES)
+    tokens = Tokens("paper", num_features, CLASSES)
     learner = _learner(_config("quick"))(tokens.width, CLASSES)
     return functools.partial(train, learner, tokens, torch.optim.Adam(learner.parameters(), lr=1e-3))
 
@@ -415,19 +381,6 @@ def gpu(effort: Effort, sequences: int = 512, num_features: int = 64) -> Iterato
 Group = Literal["generation", "training", "end_to_end", "classifier", "gpu"]
 
 
-def header() -> str:
-    """Machine, versions, time and data, without which the numbers below say nothing."""
-    git = ["git", "-C", str(CONFIGS), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    cores, threads = f"{os.cpu_count()} cores (load {os.getloadavg()[0]:.1f})", torch.get_num_threads()
-    return (
-        f"{platform.machine()}, {cores}, torch {torch.__version__} with {threads} threads, {device}\n"
-        f"{time.strftime('%Y-%m-%d %H:%M')}, commit {commit}, images: {images().name}\n\n"
-        f"{'':<56}{'ours':>10}{'theirs':>10} {'':<8} {'ratio [min, max]':<22} bar"
-    )
-
-
 def main(threads: int = 1, pairs: int = 7, only: Group | None = None, seconds: float = 200) -> None:
     """Print a row per measurement: medians of both sides, and the median ratio, above 1 where ours is faster.
 
@@ -439,7 +392,7 @@ def main(threads: int = 1, pairs: int = 7, only: Group | None = None, seconds: f
     """
     torch.set_num_threads(threads)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    print(header(), flush=True)
+    print(header(images().name), flush=True)
     groups = (generation, training, end_to_end, classifier, gpu)
     for group in groups:
         if only not in (None, group.__name__):

@@ -173,11 +173,10 @@ def beside_published(frame: pd.DataFrame, published: dict[str, dict[str, float]]
         published: per cent by stream, by name of the row.
     """
     rows = {name: {stream: f"{value:.1f}" for stream, value in row.items()} for name, row in published.items()}
-    for (run, method), group in frame.groupby(["run", "method"], sort=False):
-        last = group[group.position == group.position.max()]
-        rows[f"{run}: {method}"] = {
-            row.stream: f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}" for row in last.itertuples()
-        }
+    last = frame[frame.position == frame.groupby(["run", "method"]).position.transform("max")]
+    columns = (last[name] for name in ("run", "method", "stream", "accuracy", "standard_error"))
+    for run, method, stream, accuracy, error in zip(*columns, strict=True):
+        rows.setdefault(f"{run}: {method}", {})[stream] = f"{100 * accuracy:.1f} ± {100 * error:.1f}"
     return pd.DataFrame(rows).T.fillna("-").rename_axis("method").reset_index()
 
 

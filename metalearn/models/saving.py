@@ -59,12 +59,17 @@ def save_learner(
     path: str | Path, learner: Learner, card: dict[str, Any], tensors: dict[str, Tensor] | None = None
 ) -> None:
     """Write weights, card and further ``tensors`` to a ``.safetensors`` file, whole or not at all."""
+    weights = {PREFIX + name: value for name, value in learner.state_dict().items()}
+    save_weights(path, weights | (tensors or {}), card)
+
+
+def save_weights(path: str | Path, weights: dict[str, Tensor], card: dict[str, Any]) -> None:
+    """``save_learner`` for weights that already carry their prefix, such as those that a strategy gathers from its ranks."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    weights = {PREFIX + name: value.detach().cpu().contiguous() for name, value in learner.state_dict().items()}
     text = json.dumps(card, default=operator.index)  # numpy's integers are not JSON's
     partial = path.with_name(path.name + ".partial")
-    save_file(weights | (tensors or {}), partial, metadata={CARD: text})
+    save_file({n: v.detach().cpu().contiguous() for n, v in weights.items()}, partial, metadata={CARD: text})
     partial.replace(path)
 
 

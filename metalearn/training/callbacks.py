@@ -14,7 +14,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from metalearn.base import require_range
-from metalearn.models.saving import save_learner
+from metalearn.models.saving import save_weights
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -56,8 +56,8 @@ class StudyCheckpoints(Callback):
     """Light weight-only checkpoints for the study of transitions: ``<run_dir>/checkpoints/steps/step=00000128.safetensors``.
 
     Written at the steps round(2^(k/2)), k = 0, 1, 2, …, and once as ``left_plateau`` when the exponential moving
-    average of the training loss
-    (decay 0.95) first falls below ln K - margin. The average is read from the device only where the trainer logs.
+    average of the training loss (decay 0.95) first falls below ln K - margin. The average is read from the device
+    only where the trainer logs.
 
     Args:
         margin: nats below ln K, K the learner's number of classes.
@@ -90,9 +90,12 @@ class StudyCheckpoints(Callback):
             self._save(trainer, pl_module, f"left_plateau_step={step:08d}")
 
     def _save(self, trainer: Trainer, pl_module: Any, name: str) -> None:
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.fast_dev_run:
+            return
+        weights = trainer.strategy.lightning_module_state_dict()  # asks every rank where weights are sharded
+        if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "checkpoints" / "steps" / f"{name}.safetensors"
-            save_learner(path, pl_module.learner, pl_module.card() | {"step": trainer.global_step})
+            save_weights(path, weights, pl_module.card() | {"step": trainer.global_step})
 
 
 def is_log_spaced(step: int) -> bool:

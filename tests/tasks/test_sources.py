@@ -450,7 +450,12 @@ def test_fails_at_once_without_network(variables: dict[str, str], tmp_path: Path
 def test_a_silent_host_costs_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(socket, "create_connection", lambda *args, **options: time.sleep(30))
+
+    def hang(*args: object, **options: object) -> None:
+        time.sleep(30)
+        raise TimeoutError
+
+    monkeypatch.setattr(socket, "create_connection", hang)
     start = time.perf_counter()
     with pytest.raises(ValueError, match="did not answer within 1 s"):
         open_dataset("someone/absent")
