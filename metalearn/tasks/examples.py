@@ -280,12 +280,12 @@ class LabelledSource(DataSource, Source):
         shape = json.dumps([list(inputs.shape), str(inputs.dtype), names]).encode()
         return self._digest(shape, inputs.contiguous().numpy().data, targets.numpy().data)
 
-    @property
+    @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
         """Names of the kept classes, in the order of the targets; none for regression. Reads ``split``."""
         return choose_classes(self._rows.names, self.classes) if self._rows.names else ()
 
-    @property
+    @functools.cached_property
     def num_classes(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Number of kept classes; 1 for regression, the number of outputs. Reads ``split``."""
         return len(self.class_names) or 1

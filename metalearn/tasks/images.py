@@ -21,11 +21,10 @@ _CPU_BLOCK = 2**15  # pairs of normals drawn at once per thread: a block's inter
 
 @dataclass
 class Images:
-    """One part of one data set, ready to be projected: ``features`` (N, R), ``targets`` (N,), ``std`` = 1/sqrt(P)."""
+    """One part of one data set, ready for a standard normal draw: ``features`` (N, R) over sqrt(P), ``targets`` (N,)."""
 
     features: Tensor
     targets: Tensor
-    std: float
     repeat: bool
 
 
@@ -122,7 +121,7 @@ class ProjectedImages(TaskDistribution):
         visit_B = random.fold(self._key(*path, device=device), torch.arange(first, first + tasks, device=device))
         task_B, biased = self._draw_tasks(visit_B, split)
         chosen_BT = self._choose(random.fold(visit_B, "examples"), length, images, part)
-        x_BTD = _project(features_NR, chosen_BT, random.fold(task_B, "projection"), self.num_features).mul_(images.std)
+        x_BTD = _project(features_NR, chosen_BT, random.fold(task_B, "projection"), self.num_features)
         relabel_BK = random.permutation(random.fold(task_B, "labels"), self.num_classes)
         if biased and self.bias_fraction:
             fixed_K = random.permutation(self._key("fixed labels", device=device), self.num_classes)
@@ -185,7 +184,7 @@ class ProjectedImages(TaskDistribution):
             )
         rotation_PR = self._rotations[name]
         features_NR = inputs_NP if rotation_PR is None else inputs_NP @ rotation_PR
-        return Images(features_NR, examples.targets, inputs_NP.shape[1] ** -0.5, source.repeat)
+        return Images(features_NR / math.sqrt(inputs_NP.shape[1]), examples.targets, source.repeat)
 
 
 def _project(features_NR: Tensor, chosen_BT: Tensor, key_B: Tensor, num_features: int) -> Tensor:

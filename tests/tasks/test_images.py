@@ -190,9 +190,7 @@ def test_the_rotated_draw_has_the_law_of_the_plain_one():
         """<A x, A x'> for fixed pairs x, x' under 4000 fresh A, by drawing A for the features as ``batch`` does."""
         images = tasks._parts["base", "train"]
         pair = images.features[[3, 11]]
-        projected = (
-            pair @ random.normal(random.fold(random.key(salt), torch.arange(4000)), (pair.shape[1], 16)) * images.std
-        )
+        projected = pair @ random.normal(random.fold(random.key(salt), torch.arange(4000)), (pair.shape[1], 16))
         return torch.cat([(projected[:, 0] * projected[:, 1]).sum(-1), projected.square().sum(-1).flatten()]).numpy()
 
     assert stats.ks_2samp(inner_products(plain, 0), inner_products(full, 1)).pvalue > 1e-3
@@ -203,7 +201,7 @@ def test_the_rotated_draw_has_the_law_of_the_plain_one():
 def test_a_rotation_does_not_depend_on_signs_and_keeps_inner_products():
     digits = ImageSource("digits")
     tasks = distribution(source=digits, num_features=16, rank=64)
-    x, rotated = digits.read("test").inputs, tasks._parts["base", "test"].features
+    x, rotated = digits.read("test").inputs, tasks._parts["base", "test"].features * 8  # sqrt(64) pixels
     torch.testing.assert_close(rotated @ rotated.T, x @ x.T, rtol=1e-4, atol=1e-3)
     assert (tasks._rotations["base"].abs().max(0).values == tasks._rotations["base"].max(0).values).all()
 
