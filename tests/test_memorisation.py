@@ -16,7 +16,6 @@ def final_metrics(run_dir: Path, num_tasks: int, seed: int) -> dict[str, float]:
         "trainer.max_steps": 500,
         "trainer.val_check_interval": 500,
         "data.init_args.tasks.init_args.num_tasks": num_tasks,
-        "data.init_args.tasks.init_args.others": "null",
     }
     arguments = [f"--{name}={value}" for name, value in options.items()]
     assert main(["fit", "-c", str(QUICK), "--run_dir", str(run_dir), *arguments]) == 0

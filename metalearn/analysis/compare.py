@@ -146,18 +146,21 @@ def paired_comparison(
     return table.astype({"pairs": "Int64"}).assign(p_holm=holm(table["p"]))
 
 
-def summarise_evaluation(frame: pd.DataFrame, positions: Sequence[int] = (0, 1, 2, 5, 10, 20, 31)) -> pd.DataFrame:
+def summarise_evaluation(frame: pd.DataFrame, positions: Sequence[int] | None = None) -> pd.DataFrame:
     """Table of accuracy ± standard error: a row per (stream, method), a column per number of examples seen.
 
     Args:
         frame: one run's table, from ``analysis.runs.read_evaluation``.
-        positions: numbers of examples seen; those that were not evaluated are skipped.
+        positions: numbers of examples seen, of which those that were not evaluated are skipped; by default those at
+            which every method was.
 
     Raises:
         ValueError: if the frame holds several runs.
     """
     require_single_run(frame)
-    chosen = frame.loc[frame["position"].isin(list(positions))]
+    methods = frame.groupby("position").method.nunique()
+    wanted = methods.index[methods == methods.max()] if positions is None else positions
+    chosen = frame.loc[frame["position"].isin(list(wanted))]
     entries = map(_entry, chosen["accuracy"], chosen["standard_error"])
     index = pd.MultiIndex.from_arrays([chosen[name] for name in ("stream", "method", "position")])
     table = pd.Series(list(entries), index).unstack(fill_value="")

@@ -154,7 +154,9 @@ def test_summary_has_a_row_per_method_and_a_column_per_position() -> None:
         ("unseen", "1-nearest-neighbour", 10, 8, 1.0, 0.0),
         ("seen", "learner", 2, 8, 0.5, np.nan),
     ]
-    table = summarise_evaluation(pd.DataFrame(rows, columns=columns))
+    frame = pd.DataFrame(rows, columns=columns)
+    assert list(summarise_evaluation(frame).columns) == ["stream", "method", "10"]  # where every method was evaluated
+    table = summarise_evaluation(frame, positions=(0, 2, 10, 31))
     assert list(table.columns) == ["stream", "method", "0", "2", "10"]
     assert table.to_numpy().tolist() == [
         ["unseen", "learner", ".200 ± .040", "", ".823 ± .012"],
