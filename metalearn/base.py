@@ -8,12 +8,14 @@ implementer.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
+
+BASE = "base"  # the data set of the training tasks, among those of a task distribution
 
 
 class Batch(NamedTuple):
@@ -79,8 +81,12 @@ class TaskDistribution(ABC):
         """Read the data of ``fit`` and ``validate`` or, with ``test=True``, also the meta-test data, which are sealed before."""
 
     @abstractmethod
-    def fingerprint(self) -> dict[str, str]:
-        """Hash of content, options and revision of every data set, by name."""
+    def record(self) -> dict[str, Any]:
+        """What checkpoints and run folders say of the data, in builtins, after ``open``.
+
+        At least ``seed`` and ``fingerprint``: a hash of content, options and revision of every data set by name, where the
+        one that training tasks are made of is called ``BASE``.
+        """
 
 
 class Learner(nn.Module, ABC):
@@ -128,6 +134,7 @@ class Source(ABC):
     """Examples of one data set in three disjoint parts, "train", "validation" and "test", each read when first asked for."""
 
     num_classes: int
+    revision: str | None = None  # commit, branch or tag, where the data set has such a thing
     repeat: ClassVar[bool] = False  # whether a sequence may hold an example more than once
 
     @abstractmethod

@@ -6,24 +6,23 @@
 import fcntl
 import json
 import logging
+import math
 import os
 import pickle
-import platform
 import re
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import ProgressBar, TQDMProgressBar
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
@@ -36,7 +35,9 @@ import metalearn.tasks.sources
 import metalearn.tasks.synthetic
 import metalearn.training.data
 import metalearn.training.in_context  # noqa: F401
+from metalearn.base import require_choice
 from metalearn.training.callbacks import Budget, RunCheckpoint
+from metalearn.training.record import RESULT, RunRecord
 
 HELP = """usage: metalearn COMMAND ...
 
@@ -51,7 +52,7 @@ HELP = """usage: metalearn COMMAND ...
 METALEARN_DEBUG=1 shows the traceback of an error."""
 
 
-RESULT = "result.json"
+PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed")
 _EXPECTED_WARNINGS = (
     "LightningCLI's args parameter is intended to run from within Python",  # main() is called by tests and sweeps
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning 2.6
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _dispatch(arguments)
-    except (ValueError, ArgumentError, MisconfigurationException) as error:
+    except (ValueError, ArgumentError, MisconfigurationException, OSError) as error:
         if os.environ.get("METALEARN_DEBUG"):
             raise
         print(f"metalearn: error: {_one_line(error)}", file=sys.stderr)
@@ -161,10 +162,12 @@ class MetalearnCLI(LightningCLI):
         if self.subcommand == "fit" and rank_zero_only.rank == 0:
             self.held.enter_context(_lock(self.run_dir))
         config.ckpt_path = self._checkpoint(config.ckpt_path)
-        if self.subcommand != "fit":
+        for file in config.config or []:
+            _refuse_other_class(yaml.safe_load(Path(file).read_text()), config, "")
+        if self.subcommand == "fit":
+            _check_trainer(config.trainer)
+        else:
             config.verbose = False  # our table, not Lightning's
-        if self.subcommand == "fit" and config.trainer.max_steps == -1 and not config.trainer.fast_dev_run:
-            raise ValueError("trainer.max_steps is -1; accepted: at least 1 (task streams have no end)")
         tasks = config.data.get("init_args", {}).get("tasks")
         if tasks is not None and "seed" in tasks.get("init_args", {}) and tasks.init_args.seed is None:
             tasks.init_args.seed = config.seed_everything
@@ -208,7 +211,8 @@ class MetalearnCLI(LightningCLI):
         unfinished = trainer.fast_dev_run or trainer.global_step < trainer.max_steps
         if unfinished or result.exists() or not trainer.is_global_zero:
             return
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
         partial = result.with_suffix(".partial")
         partial.write_text(json.dumps({"global_step": trainer.global_step, "metrics": metrics}, indent=1))
         partial.replace(result)
@@ -235,49 +239,33 @@ class MetalearnCLI(LightningCLI):
         print(f"\n{picture}")
 
 
-class RunRecord(SaveConfigCallback):
-    """Beside the resolved config of every start: ``run.json`` with versions, git state, machine and data fingerprint.
+def _check_trainer(trainer: Any) -> None:
+    """Refuse Trainer settings under which a stream of tasks does not end, is not logged, or is not computed as meant."""
+    if trainer.max_steps < 1 and not trainer.fast_dev_run:
+        raise ValueError(f"trainer.max_steps is {trainer.max_steps}; accepted: at least 1 (task streams have no end)")
+    if trainer.log_every_n_steps is not None and trainer.log_every_n_steps < 1:
+        raise ValueError(f"trainer.log_every_n_steps is {trainer.log_every_n_steps}; accepted: at least 1")
+    if trainer.precision is not None:
+        require_choice("trainer.precision", str(trainer.precision), PRECISIONS)
 
-    Written when training starts, not in Lightning's ``setup``, so that a refused start leaves nothing behind.
-    """
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        pass
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.log_dir = trainer.log_dir  # asks every rank, and save_config runs on the first one alone
-        super().setup(trainer, pl_module, "fit")
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        data = trainer.datamodule
-        record = {
-            "versions": {
-                name: version(name) for name in ("metalearn", "torch", "pytorch-lightning", "datasets", "numpy")
-            },
-            "python": platform.python_version(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-            + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
-            "git": _git_state(),
-            "data": data.state_dict(),
-        }
-        assert self.log_dir is not None
-        (Path(self.log_dir) / "run.json").write_text(json.dumps(record, indent=1))
-        (Path(trainer.default_root_dir) / RESULT).unlink(missing_ok=True)  # of a shorter run that now goes on
+def _refuse_other_class(written: Any, config: Any, place: str) -> None:
+    """Raise ``ValueError`` where a class of a config file gave way to another, whose settings would keep the first's values."""
+    if not isinstance(written, dict) or config is None:
+        return
+    own, chosen = written.get("class_path"), getattr(config, "class_path", None)
+    if isinstance(own, str) and isinstance(chosen, str) and own.split(".")[-1] != chosen.split(".")[-1]:
+        raise ValueError(
+            f"{place or 'the config'} is {own} in a config file and {chosen} after it, which would keep settings of "
+            f"{own}; accepted: to change the class in a config file of its own"
+        )
+    for name, inner in written.items():
+        child = config.get(name) if hasattr(config, "get") else None
+        _refuse_other_class(inner, child, f"{place}.{name}".removeprefix("."))
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage()
-
-
-def _git_state() -> dict[str, Any]:
-    """Commit and whether the tree differs from it; empty where the package does not stand in a git checkout."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        changes = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    return {"commit": commit.stdout.strip(), "changed": bool(changes.stdout.strip())}
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def key(seed: int, *labels: int | str, device: torch.device | str = "cpu") -> Te
     number = _mix_number(seed + _GOLDEN)
     for label in labels:
         number = _mix_number(number + _salt(label))
-    return torch.tensor(_signed(number), dtype=torch.int64, device=device)
+    return torch.full((), _signed(number), dtype=torch.int64, device=device)  # a fill, not a copy that a GPU waits for
 
 
 def fold(parent: Tensor, *data: int | str | Tensor) -> Tensor:

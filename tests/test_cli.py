@@ -120,6 +120,37 @@ def test_init_args_of_another_class_do_not_leak(tmp_path, capsys):  # trap 1
     assert model["optimizer"]["init_args"]["weight_decay"] == 0 and "betas" not in model["optimizer"]["init_args"]
 
 
+@pytest.mark.parametrize("by_overlay", [False, True])
+def test_a_class_is_not_changed_over_the_settings_of_another(tmp_path, capsys, by_overlay):  # trap 1, as users meet it
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("model: {init_args: {learner: {class_path: LSTM}}}")
+    change = ["-c", overlay] if by_overlay else [LEARNER, "LSTM"]
+    line = refused(capsys, "fit", "-c", TINY, "--run_dir", tmp_path / "run", *change)
+    assert (
+        "model.init_args.learner is Transformer in a config file and metalearn.models.recurrent.LSTM after it" in line
+    )
+
+
+def test_resuming_with_another_optimizer_is_refused(run_dir, tmp_path, capsys):
+    other = tmp_path / "other.yaml"
+    other.write_text(TINY.read_text().replace("torch.optim.Adam", "torch.optim.SGD"))
+    before = contents(run_dir)
+    line = refused(capsys, "fit", "-c", other, "--run_dir", run_dir, "--trainer.max_steps", 8, "--ckpt_path", "last")
+    assert "of another optimizer" in line and contents(run_dir).items() >= before.items()
+
+
+@pytest.mark.parametrize("name", ["validate", "test"])
+def test_evaluation_on_data_that_may_have_been_trained_on_is_refused(run_dir, tmp_path, capsys, name):
+    checkpoint = ["--ckpt_path", run_dir / "checkpoints" / "last.ckpt"]
+    split = [f"{TASKS}.source.init_args.seed", 7]  # another division into training and held-out examples
+    assert "trained on data of fingerprint" in refused(
+        capsys, name, "-c", TINY, "--run_dir", tmp_path, *checkpoint, *split
+    )
+    arguments = [name, "-c", TINY, "--run_dir", tmp_path / "elsewhere", *checkpoint, "--seed_everything", 5]
+    assert main([*map(str, arguments)]) == 0  # other unseen tasks, into a new folder
+    assert (tmp_path / "elsewhere" / f"{'validation' if name == 'validate' else name}.csv").exists()
+
+
 def test_command_line_beats_the_checkpoint_and_last_resumes(run_dir, tmp_path):  # traps 2 and 3
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
     options = ["--trainer.max_steps", "6", "--model.init_args.optimizer.init_args.lr", "0.5"]
@@ -264,7 +295,17 @@ def test_one_line_for_a_missing_data_set_or_run_folder(tmp_path, capsys, monkeyp
         (["--ckpt_path", "last", "--model.init_args.tokens", "paper"], "of another model: its tokens is shift"),
         (["--ckpt_path", "last", f"{TASKS}.source.init_args.classes", "[0, 1, 3]"], "trained on data of fingerprint"),
         (["--ckpt_path", "last", "--seed_everything", "1"], "trained on data of seed 0, not 1"),
-        (["--ckpt_path", "last", "--model.init_args.optimizer", "torch.optim.SGD"], "of another optimizer"),
+        (
+            ["--ckpt_path", "last", "--model.init_args.optimizer", "torch.optim.SGD"],
+            "would keep settings of torch.optim.Adam",
+        ),
+        (
+            ["--ckpt_path", "last", "--trainer.precision", "bf16-true"],
+            "trainer.precision is 'bf16-true'; accepted: '32'",
+        ),
+        (["--ckpt_path", "last", "--trainer.log_every_n_steps", "0"], "log_every_n_steps is 0; accepted: at least 1"),
+        (["--ckpt_path", "last", "--trainer.max_steps", "0"], "max_steps is 0; accepted: at least 1"),
+        (["--ckpt_path", "last", "--model.init_args.plateau_margin", "2"], "plateau_margin is 2.0; accepted"),
     ],
 )
 def test_refuses_another_run_in_the_folder_and_overwrites_nothing(run_dir, capsys, overrides, message):

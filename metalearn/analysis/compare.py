@@ -39,8 +39,9 @@ def compare(
         ValueError: if a folder holds no run, a run lacks the metric, or two runs of a group share a seed.
     """
     runs = [Path(folder).as_posix() for folder in runs]
-    if len(set(runs)) < max(len(runs), 1):
-        raise ValueError(f"runs is {runs!r}; accepted: one or more different folders")
+    members = [path.resolve() for folder in runs for path in find_runs(folder)]
+    if not runs or len(set(members)) < len(members):
+        raise ValueError(f"runs is {runs!r}; accepted: one or more folders that have no run in common")
     frame = pd.concat([_group_values(folder, metric, last) for folder in runs], ignore_index=True)
     table = paired_comparison(frame, baseline=runs[0], confidence=confidence)
     print(

@@ -6,14 +6,14 @@ features.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metalearn import random
-from metalearn.base import Batch, MetaTest, MetaTrain, Source, Split, TaskDistribution, require_range
+from metalearn.base import BASE, Batch, MetaTest, MetaTrain, Source, Split, TaskDistribution, require_range
 
-BASE = "base"
 _SEEN_STREAMS = ("seen_train", "seen_held_out")
 _UNSEEN_STREAM = "unseen_held_out"
 _CPU_BLOCK = 2**15  # pairs of normals drawn at once per thread: a block's intermediates stay in the second-level cache
@@ -86,6 +86,7 @@ class ProjectedImages(TaskDistribution):
         self.source, self.num_features, self.num_tasks = source, num_features, num_tasks
         self.bias_fraction, self.rank, self.others, self.seed = bias_fraction, rank, others or {}, seed
         self.kept_variance: dict[str, float] = {}
+        self._identity: dict[str, dict[str, str | None]] = {}
         self._parts: dict[tuple[str, str], Images] = {}
         self._rotations: dict[str, Tensor | None] = {}
         self._on_device: dict[tuple[str, str, str], tuple[Tensor, Tensor]] = {}
@@ -99,7 +100,8 @@ class ProjectedImages(TaskDistribution):
         return (*(_SEEN_STREAMS if self.num_tasks else ()), _UNSEEN_STREAM, *self.others)
 
     def open(self, *, test: bool) -> None:
-        for name, source in {BASE: self.source, **self.others}.items():
+        sources = {BASE: self.source, **self.others}
+        for name, source in sources.items():
             if source.num_classes > self.num_classes:
                 raise ValueError(
                     f"{name} has {source.num_classes} classes; accepted: at most the base's {self.num_classes}"
@@ -107,9 +109,14 @@ class ProjectedImages(TaskDistribution):
             for part in ("train", "validation", "test") if test else ("train", "validation"):
                 if (name, part) not in self._parts:
                     self._parts[name, part] = self._read(name, source, part)
+        if not self._identity:  # hashed once, not at every checkpoint
+            self._identity["fingerprint"] = {name: source.fingerprint() for name, source in sources.items()}
+            self._identity["revision"] = {name: source.revision for name, source in sources.items()}
 
-    def fingerprint(self) -> dict[str, str]:
-        return {name: source.fingerprint() for name, source in {BASE: self.source, **self.others}.items()}
+    def record(self) -> dict[str, Any]:
+        if not self._identity:
+            raise ValueError("the data are not read: call open(test=False) first")
+        return {"seed": self.seed, "kept_variance": self.kept_variance, **self._identity}
 
     def batch(
         self, step: int, first: int, tasks: int, length: int, split: Split, device: torch.device | str = "cpu"

@@ -5,6 +5,7 @@
 
 import math
 import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,14 +79,17 @@ class StudyCheckpoints(Callback):
         accumulation, step = trainer.accumulate_grad_batches, trainer.global_step
         loss = outputs["loss"].detach() * accumulation  # Lightning hands out the micro-batch's share of the step's loss
         weight = 1 - DECAY ** (1 / accumulation)
-        smoothed = loss.clone() if self.smoothed is None else self.smoothed.to(loss.device).lerp(loss, weight)
-        self.smoothed = smoothed
+        self.smoothed = loss.clone() if self.smoothed is None else self.smoothed.to(loss.device).lerp(loss, weight)
         if (batch_idx + 1) % accumulation:
             return
         if is_log_spaced(step):
             self._save(trainer, pl_module, f"step={step:08d}")
-        looks = self.left_plateau_at is None and step % trainer.log_every_n_steps == 0
-        if looks and float(smoothed) < math.log(pl_module.learner.num_outputs) - self.margin:
+        if self.left_plateau_at is None and step % trainer.log_every_n_steps == 0:
+            self._look(trainer, pl_module, step)
+
+    def _look(self, trainer: Trainer, pl_module: Any, step: int) -> None:
+        loss = trainer.strategy.reduce(self.smoothed, reduce_op="mean")  # so that all ranks decide alike
+        if float(loss) < math.log(pl_module.learner.num_outputs) - self.margin:
             self.left_plateau_at = step
             self._save(trainer, pl_module, f"left_plateau_step={step:08d}")
 
@@ -119,7 +123,7 @@ class Budget(Callback):
 
     That is tokens, gradient_evaluations, flops, seconds and peak_memory_bytes. Counts come from the module's ``step_cost``;
     seconds are wall time inside ``fit`` up to the last checkpoint plus this start's; peak memory is the device's allocated
-    maximum, or the process's resident maximum on a CPU.
+    maximum, or the process's resident maximum on a CPU, of the first rank.
     """
 
     def __init__(self) -> None:
@@ -160,4 +164,5 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Maximum allocated on a GPU, or resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

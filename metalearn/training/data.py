@@ -11,7 +11,9 @@ import torch
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
-from metalearn.base import Batch, MetaTest, MetaTrain, MetaValidation, Split, TaskDistribution, require_range
+from metalearn.base import BASE, Batch, MetaTest, MetaTrain, MetaValidation, Split, TaskDistribution, require_range
+
+CHECKED = ("fingerprint", "seed")  # of a task distribution's record
 
 
 class Request(NamedTuple):
@@ -90,15 +92,26 @@ class TaskBatches(LightningDataModule):
         return self.tasks.batch(batch.step, batch.first, batch.tasks, self.length, batch.split, device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"fingerprint": self.tasks.fingerprint(), "seed": self.tasks.seed}
+        return self.tasks.record()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, own in self.state_dict().items():
-            if self._trainer.state.fn == "fit" and state_dict.get(name) != own:
+        """Refuse other data than those of the checkpoint: all of them in ``fit``, those that it was trained on elsewhere."""
+        own = self.state_dict()
+        if self._trainer.state.fn != "fit":
+            saved = {"fingerprint": state_dict.get("fingerprint", {}).get(BASE), "seed": state_dict.get("seed")}
+            own = {"fingerprint": own["fingerprint"][BASE]} | ({"seed": own["seed"]} if self._has_seen_tasks else {})
+        else:
+            saved = state_dict
+        for name in own:
+            if name in CHECKED and saved.get(name) != own[name]:
                 raise ValueError(
-                    f"the checkpoint was trained on data of {name} {state_dict.get(name)}, not {own}; accepted: the same "
-                    "data, or another --run_dir"
+                    f"the checkpoint was trained on data of {name} {saved.get(name)}, not {own[name]}; accepted: the "
+                    "same data, or another --run_dir"
                 )
+
+    @property
+    def _has_seen_tasks(self) -> bool:
+        return any(stream.startswith("seen_") for stream in self.tasks.streams())
 
     @property
     def _trainer(self) -> Any:

@@ -90,6 +90,7 @@ class InContextLearning(LightningModule):
         if self.learner is not None:
             return
         tasks = self.data.tasks
+        require_range("plateau_margin", self.plateau_margin, 0, math.log(tasks.num_classes))
         self.tokens = Tokens(self.format, tasks.num_features, tasks.num_classes)
         self.learner = self.build_learner(self.tokens.width, tasks.num_classes)
         # In a dictionary of its own: a compiled module must not become a submodule a second time.
@@ -212,8 +213,9 @@ class InContextLearning(LightningModule):
         totals["sequences"] += len(batch.y)
         totals["loss"] += functional.cross_entropy(logits_BTK.mT, batch.y, reduction="none").mean(1).sum()
         totals["learner"] += (logits_BTK.argmax(-1) == batch.y).sum(0)
-        for name in totals.keys() & ORACLES.keys():
-            totals[name] += ORACLES[name](batch.x, batch.y, self.tokens.num_classes, self._positions).sum(0)
+        with torch.autocast(self.device.type, enabled=False):  # the learner's low precision is not the oracles'
+            for name in totals.keys() & ORACLES.keys():
+                totals[name] += ORACLES[name](batch.x, batch.y, self.tokens.num_classes, self._positions).sum(0)
 
     def _report(self, stage: str) -> None:
         rows = []
@@ -226,7 +228,9 @@ class InContextLearning(LightningModule):
             self.log_dict({f"{stage}/{stream}/{name}": value for name, value in summary.items()}, rank_zero_only=True)
             rows += [row for name, sums in totals.items() for row in self._rows(stream, name, sums, int(count))]
         if self.trainer.state.fn != "fit" and self.trainer.is_global_zero:
-            with open(Path(self.trainer.default_root_dir) / f"{stage}.csv", "w", newline="") as file:
+            run_dir = Path(self.trainer.default_root_dir)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            with open(run_dir / f"{stage}.csv", "w", newline="") as file:
                 csv.writer(file).writerows([EVALUATION_COLUMNS, *rows])
 
     def _rows(self, stream: str, method: str, correct: Tensor, count: int) -> list[tuple]:

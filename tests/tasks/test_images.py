@@ -253,3 +253,14 @@ def test_is_the_same_on_the_gpu():
     here, there = (tasks.batch(2, 0, 8, 9, MetaTrain(), device) for device in ("cpu", "cuda"))
     assert torch.equal(here.y, there.y.cpu())
     torch.testing.assert_close(here.x, there.x.cpu(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_batch_on_the_gpu_does_not_wait_for_it():
+    tasks = distribution(num_tasks=64, bias_fraction=0.5)
+    tasks.batch(0, 0, 8, 9, MetaTrain(), "cuda")  # moves the examples there
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tasks.batch(1, 0, 8, 9, MetaTrain(), "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -63,13 +63,16 @@ def test_refuses_a_meta_batch_that_does_not_divide(make_data):
 
 
 def test_refuses_to_resume_on_other_data(make_data):
-    data = attach(make_data())
-    data.load_state_dict(data.state_dict())
-    for other in ({"fingerprint": {"base": "0"}}, {"seed": 1}):
-        with pytest.raises(ValueError, match=f"data of {next(iter(other))}.*accepted: the same data"):
-            data.load_state_dict(data.state_dict() | other)
-        attach(data, command="test").load_state_dict(data.state_dict() | other)  # another data set may be tested on
-        attach(data)
+    for command, num_tasks, refused in [("fit", None, "both"), ("test", 3, "both"), ("test", None, "fingerprint")]:
+        data = attach(make_data(num_tasks=num_tasks), command=command)
+        data.setup(command)
+        data.load_state_dict(data.state_dict())
+        for name, other in {"fingerprint": {"base": "0"}, "seed": 1}.items():
+            if refused in (name, "both"):
+                with pytest.raises(ValueError, match=f"data of {name}.*accepted: the same data"):
+                    data.load_state_dict(data.state_dict() | {name: other})
+            else:  # other unseen tasks, of examples that are held out all the same
+                data.load_state_dict(data.state_dict() | {name: other})
 
 
 @pytest.mark.parametrize("name", ["meta_batch_size", "evaluation_sequences", "evaluation_batch_size"])
