@@ -1,8 +1,8 @@
 """The contracts that hold the house together.
 
-Shape letters: B tasks in a batch, T sequence positions, D input features, K classes or outputs, Q independent queries.
-Contracts of later residents (losses, update rules, inner problems, estimators) are added here with their first
-implementer.
+Shape letters: B tasks in a batch, T sequence positions, D input features, K classes or outputs, Q independent
+queries. Contracts of later residents (losses, update rules, inner problems, estimators) are added here with their
+first implementer.
 """
 
 from abc import ABC, abstractmethod
@@ -58,8 +58,7 @@ class TaskDistribution(ABC):
     """A distribution over labelled sequences that is a pure function of (seed, step, index, split).
 
     The seed is an attribute, so that a resumed run continues its stream with no state but the step, and every world
-    size
-    sees the same global batch: rank r of a batch of B tasks each asks for ``first = r * B``.
+    size sees the same global batch: rank r of a batch of B tasks each asks for ``first = r * B``.
     """
 
     num_features: int
@@ -84,8 +83,8 @@ class TaskDistribution(ABC):
     def record(self) -> dict[str, Any]:
         """What checkpoints and run folders say of the data, in builtins, after ``open``.
 
-        At least ``seed`` and ``fingerprint``: a hash of content, options and revision of every data set by name, where the
-        one that training tasks are made of is called ``BASE``.
+        At least ``seed`` and ``fingerprint``: a hash of content, options and revision of every data set by name,
+        where the one that training tasks are made of is called ``BASE``.
         """
 
 
@@ -93,8 +92,7 @@ class Learner(nn.Module, ABC):
     """A sequence model that learns in context: causal, and the same function in parallel and step by step.
 
     Every constructor argument is kept as an attribute of the same name, so that a checkpoint can say how to rebuild
-    it. The
-    first two are ``num_inputs`` (features of a token) and ``num_outputs`` (classes).
+    it. The first two are ``num_inputs`` (features of a token) and ``num_outputs`` (classes).
     """
 
     num_inputs: int

@@ -1,12 +1,9 @@
 """Counter-based random numbers: a pure function of (key, shape), the same on every device and rank, and vmappable.
 
 A key is an int64 tensor of any shape; every function draws independently for each of its elements, and the shape
-asked for
-comes after the key's own axes. Element j of key k is SplitMix64's output function applied to ``k + j * GOLDEN``
-(Steele, Lea
-and Flood 2014, "Fast Splittable Pseudorandom Number Generators", fig. 16); child keys are hashes of their parent.
-Integers are equal bit by
-bit on every device; floats up to the rounding of ``erfinv``.
+asked for comes after the key's own axes. Element j of key k is SplitMix64's output function applied to ``k + j *
+GOLDEN`` (Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators", fig. 16); child keys are
+hashes of their parent. Integers are equal bit by bit on every device; floats up to the rounding of ``erfinv``.
 """
 
 import functools
@@ -108,8 +105,7 @@ def distinct(key: Tensor, count: int, high: int) -> Tensor:
     """``count`` different integers below ``high`` in random order for each key: (*key.shape, count).
 
     Small ranges are permuted whole. From large ones more are drawn than needed, and the first ``count`` different
-    ones kept;
-    with at least ``8 count + 64`` values to draw from, too few differ with probability below 1e-15.
+    ones kept; with at least ``8 count + 64`` values to draw from, too few differ with probability below 1e-15.
     """
     if count > high:
         raise ValueError(f"cannot draw count = {count} different integers below high = {high}; accepted: count <= high")

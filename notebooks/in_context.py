@@ -2,7 +2,8 @@
 # # What did the learner learn, and when?
 #
 # Reads one run of `metalearn fit -c configs/in_context/quick.yaml --run_dir runs/in_context/quick` and what
-# `metalearn validate` measured on it. Nothing is trained here. For another run set `METALEARN_RUN`.
+# `metalearn validate` (or else `metalearn test`) measured on it. Nothing is trained here. For another run set
+# `METALEARN_RUN`.
 
 # %%
 import os
@@ -18,7 +19,8 @@ RUN = Path(os.environ.get("METALEARN_RUN", "runs/in_context/quick"))
 
 # %%
 run = read_run(RUN)
-evaluation = read_evaluation(RUN, stage="validation")
+stage = "validation" if (RUN / "validation.csv").exists() else "test"
+evaluation = read_evaluation(RUN, stage)
 
 # %% [markdown]
 # ## When: the training curves

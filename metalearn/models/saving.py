@@ -2,8 +2,8 @@
 
 A card is a dictionary of builtins: ``learner`` (class path and constructor arguments), ``tokens``, ``num_features``,
 ``num_classes`` and ``length`` (examples per sequence in meta-training). It travels in the metadata of a
-``.safetensors`` file, or under the key ``metalearn`` of a Lightning ``.ckpt``, whose weights stand under ``state_dict``
-with the prefix ``learner.``.
+``.safetensors`` file, or under the key ``metalearn`` of a Lightning ``.ckpt``, whose weights stand under
+``state_dict`` with the prefix ``learner.``.
 """
 
 import importlib
@@ -79,8 +79,8 @@ def load_learner(
     """The learner in a ``.safetensors`` or Lightning ``.ckpt`` file, in evaluation mode on the CPU, its card, and further tensors.
 
     Raises:
-        ValueError: if the file is missing, is neither, has no card, names a class that is not trusted, or its parts do
-            not fit together.
+        ValueError: if the file is missing, is neither, has no card, names a class that is not trusted, or its parts
+        do not fit together.
     """
     path = Path(path)
     if not path.is_file():

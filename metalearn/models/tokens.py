@@ -16,12 +16,10 @@ class Tokens:
     """Turns (x_1, y_1), (x_2, y_2), … into tokens in which the label of x_j is never visible where x_j is to be classified.
 
     ``paper``: token j = (x_j, y_{j-1}), W = D + K (Kirsch et al. 2022, "General-Purpose In-Context Learning by Meta-
-    Learning Transformers", Algorithm 1).
-    ``shift``: token j = (x_j, x_{j-1}, y_{j-1}), W = 2D + K: the paper's token seen through a causal convolution of
-    width two, so that
-    no attention head has to learn to look one position back. ``interleaved``: x_1, y_1, x_2, y_2, …, W = D + K, S =
-    2T - 1 tokens.
-    Labels are one-hot vectors and are never normalised; what precedes the first example is zero.
+    Learning Transformers", Algorithm 1). ``shift``: token j = (x_j, x_{j-1}, y_{j-1}), W = 2D + K: the paper's token
+    seen through a causal convolution of width two, so that no attention head has to learn to look one position back.
+    ``interleaved``: x_1, y_1, x_2, y_2, …, W = D + K, S = 2T - 1 tokens. Labels are one-hot vectors and are never
+    normalised; what precedes the first example is zero.
 
     Args:
         format: "paper", "shift" or "interleaved".

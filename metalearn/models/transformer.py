@@ -25,20 +25,18 @@ class Transformer(Learner):
         depth: layers L, at least 1.
         heads: attention heads H, at least 1.
         head_width: query, key and value features E per head, even under "rope". The attention width H·E is
-            independent of ``width``,
-            as in the paper, which keeps it at 8·32 while it sweeps N_M.
+            independent of ``width``, as in the paper, which keeps it at 8·32 while it sweeps N_M.
         mlp_ratio: hidden features of the MLP per feature of the residual stream, at least 1.
         positions: "sinusoidal" (added to the input, Vaswani et al. 2017), "rope" (rotations of queries and keys, Su
-            et al. 2021),
-            "learned" (a table of ``max_length`` rows) or "none".
+            et al. 2021), "learned" (a table of ``max_length`` rows) or "none".
         max_length: the longest sequence in tokens, for "learned" only.
 
     Raises:
-        ValueError: for sizes out of range, an odd head width under "rope", or a sequence longer than the learned table.
+        ValueError: for sizes out of range, an odd head width under "rope", or a sequence longer than the learned
+        table.
 
     Source: Kirsch et al. 2022, "General-Purpose In-Context Learning by Meta-Learning Transformers", section 4; the
-    position
-    encoding is not stated there, hence the choice.
+    position encoding is not stated there, hence the choice.
     """
 
     def __init__(

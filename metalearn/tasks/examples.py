@@ -217,7 +217,6 @@ class LabelledSource(DataSource, Source):
     normalise: str = "per_pixel"
     seed: int = 0
 
-    kind: ClassVar[str]
     normalisations: ClassVar[tuple[str, ...]] = ("scalar", "per_pixel")
 
     def __post_init__(self) -> None:

@@ -32,28 +32,23 @@ class ProjectedImages(TaskDistribution):
     """Task k is (A x, permutation of y): A is D x P with entries N(0, 1/P), both drawn from the task's own key and never stored.
 
     A sequence draws a task, then ``length`` different examples independently of the task. Sequence i of step s is a
-    function of
-    (seed, s, i) alone; evaluation streams do not depend on the step.
+    function of (seed, s, i) alone; evaluation streams do not depend on the step.
 
     Streams: ``seen_train`` (training tasks on training examples), ``seen_held_out`` (training tasks on held-out
-    examples; both
-    only with finite ``num_tasks``), ``unseen_held_out`` (new tasks on held-out examples), and one more for each of
-    ``others``
-    (new tasks on another data set). Validation and test have tasks and examples of their own.
+    examples; both only with finite ``num_tasks``), ``unseen_held_out`` (new tasks on held-out examples), and one more
+    for each of ``others`` (new tasks on another data set). Validation and test have tasks and examples of their own.
 
     Args:
         source: the data set D̄ that all training tasks are made of.
         num_features: features D of a projected example, at least 1 (the paper: D = P).
         num_tasks: training tasks K, 1 … 2^31 (the paper: 2^0 … 2^25); null for a new task in every sequence.
         bias_fraction: probability in [0, 1] that a training task's label permutation is one fixed permutation (the
-            paper's intervention on the
-            plateau, 0.9). Here it is a property of the task; the paper speaks of a fraction of each batch, which is
-            the same in law for fresh tasks.
+            paper's intervention on the plateau, 0.9). Here it is a property of the task; the paper speaks of a
+            fraction of each batch, which is the same in law for fresh tasks.
         rank: keep the R leading principal directions U of the training examples: an integer, or a fraction in (0, 1)
-            of their second
-            moment; null keeps the inputs as they are. (A U)(Uᵀx) has the law of A U Uᵀ x, because A U has independent
-            N(0, 1/P) entries as A has, and the draw per
-            task shrinks from D·P to D·R. See ``kept_variance``. Every data set is rotated by its own U.
+            of their second moment; null keeps the inputs as they are. (A U)(Uᵀx) has the law of A U Uᵀ x, because A U
+            has independent N(0, 1/P) entries as A has, and the draw per task shrinks from D·P to D·R. See
+            ``kept_variance``. Every data set is rotated by its own U.
         others: further data sets for evaluation only, by name of the stream; any input size, at most as many classes.
         seed: of tasks and sequences; null follows ``seed_everything``.
 

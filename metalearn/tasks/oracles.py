@@ -1,8 +1,7 @@
 """What classical learners achieve on the very sequences a meta-trained learner sees: reference curves for every table.
 
 B sequences, T examples, D features, K classes. Every function answers: had it been fitted on the examples before
-position t
-alone, would it have classified example t? With no example before it, an oracle says class 0.
+position t alone, would it have classified example t? With no example before it, an oracle says class 0.
 """
 
 from collections.abc import Callable, Sequence

@@ -274,8 +274,6 @@ class ImageSource(LabelledSource):
     image_size: int | None = None
     channels: int | None = None
 
-    kind: ClassVar[str] = "images"
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.image_size is not None:
@@ -318,7 +316,6 @@ class TableSource(LabelledSource):
     task: str = "classification"
     header: bool = True
 
-    kind: ClassVar[str] = "table"
     normalisations: ClassVar[tuple[str, ...]] = ("per_feature", "scalar", "per_pixel")
 
     def __post_init__(self) -> None:
@@ -358,8 +355,6 @@ class TextSource(DataSource):
     """
 
     text_column: str | None = None
-
-    kind: ClassVar[str] = "text"
 
     def read(self, part: str) -> tuple[str, ...]:
         """The documents of one part.

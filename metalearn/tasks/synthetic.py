@@ -25,7 +25,6 @@ class RandomSource(Source):
     num_classes: int = 10
     seed: int = 0
 
-    kind: ClassVar[str] = "random"
     repeat: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

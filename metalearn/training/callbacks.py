@@ -121,9 +121,9 @@ class Cost(NamedTuple):
 class Budget(Callback):
     """Logs what the run has spent so far, over all restarts, under ``budget/``.
 
-    That is tokens, gradient_evaluations, flops, seconds and peak_memory_bytes. Counts come from the module's ``step_cost``;
-    seconds are wall time inside ``fit`` up to the last checkpoint plus this start's; peak memory is the device's allocated
-    maximum, or the process's resident maximum on a CPU, of the first rank.
+    That is tokens, gradient_evaluations, flops, seconds and peak_memory_bytes. Counts come from the module's
+    ``step_cost``; seconds are wall time inside ``fit`` up to the last checkpoint plus this start's; peak memory is
+    the device's allocated maximum, or the process's resident maximum on a CPU, of the first rank.
     """
 
     def __init__(self) -> None:

@@ -39,8 +39,8 @@ class TaskBatches(LightningDataModule):
     """Meta-batches of a task distribution, the same global batch for every world size and accumulation.
 
     Step s uses sequences 0 … meta_batch_size - 1 of that step; micro-batch m on rank r of W takes the (m·W + r)-th
-    share. Nothing but the step is needed to resume.
-    ``fit`` and ``validate`` open meta-train and meta-validation data only; ``test`` opens meta-test.
+    share. Nothing but the step is needed to resume. ``fit`` and ``validate`` open meta-train and meta-validation data
+    only; ``test`` opens meta-test.
 
     Args:
         tasks: the distribution.

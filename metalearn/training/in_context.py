@@ -33,13 +33,13 @@ class InContextLearning(LightningModule):
     """J(θ) = E_tasks mean_j CrossEntropy(f_θ(D_1:j-1, x_j), y_j), the loss at every position j of a sequence.
 
     Sizes come from the data module's tasks, so a config states them once. Evaluation logs loss, accuracy at the first
-    and last
-    position and their difference ("improvement") for every stream; ``validate`` and ``test`` also write
-    ``<stage>.csv`` into the run folder: accuracy by number of examples seen, for
-    the learner and for every oracle on the very same sequences.
+    and last position and their difference ("improvement") for every stream; ``validate`` and ``test`` also write
+    ``<stage>.csv`` into the run folder: accuracy by number of examples seen, for the learner and for every oracle on
+    the very same sequences. ``train/`` numbers are of the step's last micro-batch on the first rank, before the step.
 
     Args:
-        learner: class and settings of the sequence model; it is called with the token width and the number of classes.
+        learner: class and settings of the sequence model; it is called with the token width and the number of
+            classes.
         tokens: "paper" (x_j, y_{j-1}), "shift" (x_j, x_{j-1}, y_{j-1}) or "interleaved".
         optimizer: class and settings of any torch optimizer.
         warmup_steps: steps of linear warm-up of the learning rate, at least 0.
