@@ -4,7 +4,9 @@ B tasks in a batch, T examples of a sequence, N examples of a data set, P its fe
 features.
 """
 
+import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,8 @@ from metalearn.base import BASE, Batch, MetaTest, MetaTrain, Source, Split, Task
 
 _SEEN_STREAMS = ("seen_train", "seen_held_out")
 _UNSEEN_STREAM = "unseen_held_out"
-_CPU_BLOCK = 2**15  # pairs of normals drawn at once per thread: a block's intermediates stay in the second-level cache
+_CPU_BLOCK = 2**15  # normals drawn at once: they stay in the cache, and below torch's grain for sharing an operation
+_WORTH_SHARING = 2**18  # normals of a batch from which threads gain more than they cost
 
 
 @dataclass
@@ -192,17 +195,30 @@ class ProjectedImages(TaskDistribution):
 def _project(features_NR: Tensor, chosen_BT: Tensor, key_B: Tensor, num_features: int) -> Tensor:
     """The chosen rows times a standard normal Aᵀ of each sequence's own: (B, T, D).
 
-    On the CPU in blocks of sequences, whose normals and rows stay in the cache from the draw to the product.
+    On the CPU in blocks of sequences, whose normals and rows stay in the cache from the draw to the product. Threads
+    take a block each, because two threads on every small operation of one block spend their time waiting.
     """
     (tasks, length), rank = chosen_BT.shape, features_NR.shape[1]
-    block = tasks
-    if features_NR.device.type == "cpu":
-        block = max(1, 2 * _CPU_BLOCK * torch.get_num_threads() // (rank * num_features))
     x_BTD = features_NR.new_empty(tasks, length, num_features)
-    for x_bTD, chosen_bT, key_b in zip(*(part.split(block) for part in (x_BTD, chosen_BT, key_B)), strict=True):
-        rows_bTR = features_NR.index_select(0, chosen_bT.flatten()).view(*chosen_bT.shape, rank)
-        torch.bmm(rows_bTR, random.normal(key_b, (rank, num_features)), out=x_bTD)
+    inference = torch.is_inference_mode_enabled()  # which other threads do not know of
+
+    def draw(block: slice) -> None:
+        with torch.inference_mode(inference):
+            rows_bTR = features_NR.index_select(0, chosen_BT[block].flatten()).view(-1, length, rank)
+            torch.bmm(rows_bTR, random.normal(key_B[block], (rank, num_features)), out=x_BTD[block])
+
+    on_cpu, threads = features_NR.device.type == "cpu", torch.get_num_threads()
+    size = max(1, _CPU_BLOCK // (rank * num_features)) if on_cpu else tasks
+    blocks = [slice(first, first + size) for first in range(0, tasks, size)]
+    shared = on_cpu and threads > 1 and tasks * rank * num_features >= _WORTH_SHARING
+    for _ in _pool(threads).map(draw, blocks) if shared else map(draw, blocks):
+        pass
     return x_BTD
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "draw", initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _principal_directions(inputs_NP: Tensor, rank: int | float | None) -> tuple[Tensor | None, float]:

@@ -264,3 +264,16 @@ def test_a_batch_on_the_gpu_does_not_wait_for_it():
         tasks.batch(1, 0, 8, 9, MetaTrain(), "cuda")
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_threads_share_the_work_and_change_nothing(inference):
+    tasks = distribution(num_features=500)  # 40 * 20 * 500 normals: enough to be shared
+    alone = tasks.batch(0, 0, 40, 30, MetaTrain())
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode(inference):
+            shared = tasks.batch(0, 0, 40, 30, MetaTrain())
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(shared.x, alone.x) and torch.equal(shared.y, alone.y)
