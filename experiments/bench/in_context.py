@@ -20,6 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -98,6 +99,15 @@ def projected(source: InMemory, num_features: int, rank: int | None) -> Projecte
 
 def batches_of(tasks: ProjectedImages) -> Iterator[Batch]:
     return (tasks.batch(step, 0, SEQUENCES, LENGTH, MetaTrain()) for step in itertools.count())
+
+
+def made_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Each made in a thread while the one before is used, as ``TaskBatches`` does on a CPU."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, batches)
+        while True:
+            batch, following = following.result(), thread.submit(next, batches)
+            yield batch
 
 
 class PlainTasks(Dataset):
@@ -278,11 +288,12 @@ def end_to_end(effort: Effort) -> Iterator[Row]:
     """Tokens per second of batches and training steps against a DataLoader of plain tasks and the same steps.
 
     The steps are of quick.yaml's model on tokens (x_j, y_{j-1}), as reproductions have them. The loader's worker
-    process, where there is one, has a core of its own.
+    process, where there is one, has a core of its own; our batches are then made in a thread.
     """
     cases = (("training", PIXELS, 0, 3.0), ("training", PIXELS, 1, 3.0), ("training", 64, 0, None))
     for what, num_features, workers, bar in (*cases, ("batches only", PIXELS, 0, None)):
         ours = batches_of(projected(images(), num_features, RANK))
+        ours = made_ahead(ours) if workers else ours
         loader = DataLoader(PlainTasks(images().examples, num_features), SEQUENCES, num_workers=workers)
         for part in zip(Batch._fields, next(ours), next(iter(loader)), strict=True):
             require_alike(*part)

@@ -3,8 +3,10 @@
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 # (The Trainer sets many of its attributes where no type checker sees them, and re-exports names without saying so.)
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,7 @@ class Request(NamedTuple):
     first: int
     tasks: int
     split: Split
+    following: int | None = None  # number of the training request after this one
 
 
 class Requests(IterableDataset):
@@ -72,6 +75,8 @@ class TaskBatches(LightningDataModule):
             require_range(name, value, 1)
         self.tasks, self.length, self.meta_batch_size = tasks, length, meta_batch_size
         self.evaluation_sequences, self.evaluation_batch_size = evaluation_sequences, evaluation_batch_size
+        self._thread = ThreadPoolExecutor(1, "next_batch")
+        self._ahead: dict[Request, Future[Batch]] = {}
 
     def prepare_data(self) -> None:
         self.tasks.open(test=False)  # one process decodes and caches; the others read the cache
@@ -89,7 +94,18 @@ class TaskBatches(LightningDataModule):
         return [_loader(self._evaluation_requests(MetaTest(stream))) for stream in self.tasks.streams()]
 
     def transfer_batch_to_device(self, batch: Request, device: torch.device, dataloader_idx: int) -> Batch:
-        return self.tasks.batch(batch.step, batch.first, batch.tasks, self.length, batch.split, device)
+        """Make the batch; on a CPU, the next training batch is made meanwhile in a thread, while this one is trained on.
+
+        A GPU needs no thread: it is given the work and does not wait. Batches are pure functions, so order changes nothing.
+        """
+        if batch.following is None or device.type != "cpu":
+            return self._make(batch, device)
+        ready, following = self._ahead.pop(batch, None), self._training_request(batch.following)
+        self._ahead = {following: self._thread.submit(self._make, following, device)}
+        return self._make(batch, device) if ready is None else ready.result()
+
+    def _make(self, request: Request, device: torch.device) -> Batch:
+        return self.tasks.batch(request.step, request.first, request.tasks, self.length, request.split, device)
 
     def state_dict(self) -> dict[str, Any]:
         return self.tasks.record()
@@ -126,11 +142,15 @@ class TaskBatches(LightningDataModule):
                 f"meta_batch_size is {self.meta_batch_size}; accepted: a multiple of "
                 f"accumulate_grad_batches * ranks = {accumulation} * {world}"
             )
-        step = self._trainer.global_step
-        while True:
-            for micro in range(accumulation):
-                yield Request(step, (micro * world + self._trainer.global_rank) * share, share, MetaTrain())
-            step += 1
+        yield from map(self._training_request, itertools.count(self._trainer.global_step * accumulation))
+
+    def _training_request(self, index: int) -> Request:
+        """Request number step * accumulation + micro-batch of this rank's stream."""
+        accumulation, world = self._trainer.accumulate_grad_batches, self._trainer.world_size
+        share = self.meta_batch_size // (accumulation * world)
+        step, micro = divmod(index, accumulation)
+        first = (micro * world + self._trainer.global_rank) * share
+        return Request(step, first, share, MetaTrain(), following=index + 1)
 
     def _evaluation_requests(self, split: Split) -> Callable[[], Iterator[Request]]:
         def requests() -> Iterator[Request]:

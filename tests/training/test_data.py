@@ -79,3 +79,18 @@ def test_refuses_to_resume_on_other_data(make_data):
 def test_refuses_sizes_below_one(make_data, name):
     with pytest.raises(ValueError, match=f"{name} is 0; accepted: 1 <= {name}"):
         make_data(**{name: 0})
+
+
+def test_the_batch_made_ahead_is_the_one_asked_for(make_data, monkeypatch):
+    data = attach(make_data(), accumulation=2, step=3)
+    data.setup("fit")
+    made, batch = [], data.tasks.batch
+    monkeypatch.setattr(
+        data.tasks, "batch", lambda step, first, *rest: made.append((step, first)) or batch(step, first, *rest)
+    )
+    requests = take(data, 5)
+    batches = [data.transfer_batch_to_device(request, torch.device("cpu"), 0) for request in requests]
+    for request, ours in zip(requests, batches, strict=True):
+        assert torch.equal(ours.x, batch(request.step, request.first, request.tasks, data.length, MetaTrain()).x)
+    data._thread.shutdown()
+    assert sorted(made) == sorted({(r.step, r.first) for r in requests} | {(5, 4)})  # each once, and one more ahead
