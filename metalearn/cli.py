@@ -25,7 +25,7 @@ from pytorch_lightning.callbacks import ProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 # Imported so that configs can name their classes by short names.
 import metalearn.models.recurrent
@@ -109,7 +109,7 @@ def _compare(arguments: list[str]) -> None:
 
 
 def _run_lightning(arguments: list[str]) -> None:
-    options = {"exit_on_error": False}
+    options = {"exit_on_error": False, "allow_abbrev": False}
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
     with warnings.catch_warnings():
         for message in _EXPECTED_WARNINGS:
@@ -181,6 +181,7 @@ class MetalearnCLI(LightningCLI):
                     f"{self.run_dir} has checkpoints; add --ckpt_path last to resume, or choose another --run_dir"
                 )
             if asked is None or (asked == "last" and not last.exists()):
+                rank_zero_info(f"{self.run_dir} has no checkpoint yet: starting at step 0")
                 return None
         elif asked is None:
             raise ValueError(

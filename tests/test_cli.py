@@ -253,6 +253,7 @@ def test_fast_dev_run_leaves_no_checkpoint(tmp_path):
     [
         (["--trianer.max_steps", "3"], "unrecognized arguments: --trianer.max_steps"),
         (["--trainer.max_stepz", "3"], "unrecognized arguments: --trainer.max_stepz"),
+        (["--trainer.max_step", "3"], "unrecognized arguments: --trainer.max_step"),  # no silent abbreviations
         (["--model.init_args.tokenz", "shift"], "InContextLearning': Option 'tokenz' is not accepted"),
         ([f"{LEARNER}.init_args.widht", "3"], "Option 'widht' is not accepted"),
         (["--model.init_args.optimizer.init_args.lrr", "3"], "Option 'lrr' is not accepted"),

@@ -170,6 +170,11 @@ class DataSource:
                 f"test is {self.test!r}; accepted: a fraction, or a split that {self.split!r} does not read"
             )
 
+    @property
+    def _separate_test(self) -> str | None:
+        """The test split of the data set's own, which must be there before anything is trained, but stays closed."""
+        return self.test if isinstance(self.test, str) else None
+
     def _part_rows(self, part: str, num_rows: int, seed: int | None) -> np.ndarray:
         """Rows of ``part`` in ``split``, or in ``test`` where that is a split of its own."""
         require_choice("part", part, PARTS)

@@ -51,7 +51,13 @@ _IMAGE_NAMES = ("image", "img", "images", "features", "x")
 
 
 def open_dataset(
-    path: Any, *, name: str | None = None, revision: str | None = None, split: str = "train", header: bool = True
+    path: Any,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    split: str = "train",
+    header: bool = True,
+    also: str | None = None,
 ) -> "Dataset":
     """The rows of one split, found as this module's docstring says; of local data only that split's files are opened.
 
@@ -63,15 +69,17 @@ def open_dataset(
         revision: commit, branch or tag of a hub data set; without the hub, the commit that is in the cache.
         split: split name or slice, such as ``train[:10%]`` or ``train[:50]+test[:50]``.
         header: whether the first line of a .csv file names the columns; else they are named 0, 1, 2, ...
+        also: a further split that must exist; it is not opened.
 
     Raises:
         ValueError: where there is no such data set (at once, also without a network) or split.
     """
     splits = _splits(path, name, revision, header)
     wanted = split_names(split)
-    if unknown := [part for part in wanted if part not in splits]:
+    if unknown := [part for part in (*wanted, *split_names(also or "")) if part and part not in splits]:
         raise ValueError(
-            f"split is {split!r}, but {path!r} has no {unknown}; accepted: {', '.join(splits)}, and slices of them"
+            f"split is {split!r}{f' and test {also!r}' if also else ''}, but {path!r} has no {unknown}; accepted: "
+            f"{', '.join(splits)}, and slices of them"
         )
     return _cut({part: splits[part]() for part in wanted}, split)
 
@@ -289,7 +297,7 @@ class ImageSource(LabelledSource):
     def _decode(self, split: str) -> tuple[Tensor, Labels]:
         from datasets import ClassLabel, Image
 
-        dataset = open_dataset(self.path, name=self.name, revision=self.revision, split=split)
+        dataset = open_dataset(self.path, name=self.name, revision=self.revision, split=split, also=self._separate_test)
         labels = _labels(
             dataset, find_column(dataset.features, "label_column", self.label_column, ClassLabel, _LABEL_NAMES)
         )
@@ -327,7 +335,9 @@ class TableSource(LabelledSource):
     def _decode(self, split: str) -> tuple[Tensor, Labels | Tensor]:
         from datasets import ClassLabel
 
-        dataset = open_dataset(self.path, name=self.name, revision=self.revision, split=split, header=self.header)
+        dataset = open_dataset(
+            self.path, name=self.name, revision=self.revision, split=split, also=self._separate_test, header=self.header
+        )
         last = dataset.column_names[-1]
         target = find_column(
             dataset.features, "target_column", self.target_column, ClassLabel, _LABEL_NAMES, default=last
@@ -372,7 +382,7 @@ class TextSource(DataSource):
         return self._digest(json.dumps(self._documents(self._open(self.split))).encode())
 
     def _open(self, split: str) -> "Dataset":
-        return open_dataset(self.path, name=self.name, revision=self.revision, split=split)
+        return open_dataset(self.path, name=self.name, revision=self.revision, split=split, also=self._separate_test)
 
     def _documents(self, dataset: "Dataset") -> list[str]:
         texts = [name for name, feature in dataset.features.items() if getattr(feature, "dtype", "").endswith("string")]

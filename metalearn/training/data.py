@@ -121,8 +121,8 @@ class TaskBatches(LightningDataModule):
         for name in own:
             if name in CHECKED and saved.get(name) != own[name]:
                 raise ValueError(
-                    f"the checkpoint was trained on data of {name} {saved.get(name)}, not {own[name]}; accepted: the "
-                    "same data, or another --run_dir"
+                    f"the checkpoint was trained on data of {name} {_short(saved.get(name))}, not {_short(own[name])}; "
+                    "accepted: the same data, or another --run_dir"
                 )
 
     @property
@@ -159,6 +159,13 @@ class TaskBatches(LightningDataModule):
                 yield Request(0, number * size, min(size, total - number * size), split)
 
         return requests
+
+
+def _short(value: Any) -> Any:
+    """Hashes as they are told apart by eye."""
+    if isinstance(value, dict):
+        return {name: _short(inner) for name, inner in value.items()}
+    return value[:8] if isinstance(value, str) else value
 
 
 def _loader(start: Callable[[], Iterator[Request]]) -> DataLoader:

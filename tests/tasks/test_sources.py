@@ -541,3 +541,8 @@ def test_is_built_from_yaml(class_path: str, tmp_path: Path) -> None:
 def test_refuses_with_value_and_range(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_test_split_that_is_not_there_is_noticed_before_it_is_read() -> None:
+    with pytest.raises(ValueError, match=r"test 'tset', but 'digits' has no \['tset'\]; accepted: train"):
+        ImageSource(path="digits", test="tset").read("train")
