@@ -8,7 +8,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import bootstrap, norm, t, ttest_rel
 
-from metalearn.analysis.runs import find_runs, read_run, require_metric, require_single_run
+from metalearn.analysis.runs import find_runs, read_metrics, require_metric, require_single_run
 
 COLUMNS = ["group", "n", "mean", "low", "high", "pairs", "difference", "difference_low", "difference_high", "p"]
 
@@ -27,7 +27,7 @@ def compare(
 
     Args:
         runs: run folders, or folders of run folders (one run per seed); each is a group, the first is the baseline.
-        metric: name of the logged metric.
+        metric: name of a logged metric, or of an evaluated accuracy, as ``test/unseen_held_out/learner/31``.
         last: number of last logged values that are averaged in each run (>= 1).
         confidence: probability of the intervals (0 < confidence < 1).
         out: path without suffix; writes the table to <out>.csv and <out>.tex.
@@ -206,7 +206,7 @@ def _group_values(folder: str, metric: str, last: int) -> pd.DataFrame:
         raise ValueError(
             f"runs has {folder!r}, which holds no run; accepted: a folder with logs/, or a folder of such folders"
         )
-    rows = [{"group": folder} | _last_value(read_run(run), metric, last) for run in runs]
+    rows = [{"group": folder} | _last_value(read_metrics(run), metric, last) for run in runs]
     return pd.DataFrame(rows).astype({"seed": "Int64"})
 
 

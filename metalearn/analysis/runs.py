@@ -68,6 +68,19 @@ def read_evaluation(run_dir: str | Path, stage: str = "test") -> pd.DataFrame:
     return frame
 
 
+def read_metrics(run_dir: str | Path) -> pd.DataFrame:
+    """``read_run``, and below it what was evaluated since, as metrics ``<stage>/<stream>/<method>/<examples seen>``."""
+    run = read_run(run_dir)
+    frames: list[pd.DataFrame] = [run]
+    for stage in COMMANDS:
+        if (Path(run_dir) / f"{stage}.csv").is_file():
+            rows = read_evaluation(run_dir, stage)
+            names = stage + "/" + rows["stream"] + "/" + rows["method"] + "/" + rows["position"].astype(str)
+            same = {name: run[name].iloc[-1] for name in ("run", "seed", "version")} | {"step": run["step"].max()}
+            frames.append(pd.DataFrame({"metric": names, "value": rows["accuracy"]}).assign(**same))
+    return pd.concat(frames, ignore_index=True).astype({"seed": "Int64"})
+
+
 def read_evaluations(run_dirs: Sequence[str | Path], stage: str = "test") -> pd.DataFrame:
     """The evaluation frames of several runs, one below the other."""
     return pd.concat([read_evaluation(run_dir, stage) for run_dir in run_dirs], ignore_index=True)

@@ -15,8 +15,6 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from metalearn.base import BASE, Batch, MetaTest, MetaTrain, MetaValidation, Split, TaskDistribution, require_range
 
-CHECKED = ("fingerprint", "seed")  # of a task distribution's record
-
 
 class Request(NamedTuple):
     """A batch by reference: sequences ``first … first + tasks - 1`` of global step ``step``."""
@@ -112,22 +110,21 @@ class TaskBatches(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse other data than those of the checkpoint: all of them in ``fit``, those that it was trained on elsewhere."""
-        own = self.state_dict()
-        if self._trainer.state.fn != "fit":
-            saved = {"fingerprint": state_dict.get("fingerprint", {}).get(BASE), "seed": state_dict.get("seed")}
-            own = {"fingerprint": own["fingerprint"][BASE]} | ({"seed": own["seed"]} if self._has_seen_tasks else {})
-        else:
-            saved = state_dict
+        saved, own = self._binding(state_dict), self._binding(self.state_dict())
         for name in own:
-            if name in CHECKED and saved.get(name) != own[name]:
+            if saved[name] != own[name]:
                 raise ValueError(
-                    f"the checkpoint was trained on data of {name} {_short(saved.get(name))}, not {_short(own[name])}; "
+                    f"the checkpoint was trained on data of {name} {_short(saved[name])}, not {_short(own[name])}; "
                     "accepted: the same data, or another --run_dir"
                 )
 
-    @property
-    def _has_seen_tasks(self) -> bool:
-        return any(stream.startswith("seen_") for stream in self.tasks.streams())
+    def _binding(self, record: dict[str, Any]) -> dict[str, Any]:
+        """What must not differ: in ``fit`` all data and the seed; else the training data, and the seed of tasks seen in it."""
+        fingerprint, seed = record.get("fingerprint", {}), {"seed": record.get("seed")}
+        if self._trainer.state.fn == "fit":
+            return {"fingerprint": fingerprint} | seed
+        seen = any(stream.startswith("seen_") for stream in self.tasks.streams())
+        return {"fingerprint": fingerprint.get(BASE)} | (seed if seen else {})
 
     @property
     def _trainer(self) -> Any:

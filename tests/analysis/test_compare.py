@@ -264,3 +264,13 @@ def test_published_rows_stand_above_runs_at_their_last_position():
     table = beside_published(frame, {"paper": {"mnist": 73.7}}).set_index("method")
     assert table.loc["paper"].tolist() == ["73.7", "-"]
     assert table.loc["runs/a: learner"].tolist() == ["73.7 ± 1.4", "100.0 ± 0.0"]
+
+
+def test_compares_what_was_evaluated_after_training(tmp_path: Path) -> None:
+    for group, seed, accuracy in (("a", 0, 0.5), ("a", 1, 0.7), ("b", 0, 0.6), ("b", 1, 0.9)):
+        write_run(tmp_path / group / str(seed), [0.1], seed)
+        row = {"stream": ["new"], "method": "learner", "position": 31, "sequences": 8, "accuracy": accuracy}
+        pd.DataFrame(row | {"standard_error": 0.1}).to_csv(tmp_path / group / str(seed) / "test.csv", index=False)
+    table = compare([str(tmp_path / "a"), str(tmp_path / "b")], metric="test/new/learner/31")
+    assert table["mean"].tolist() == pytest.approx([0.6, 0.75])
+    assert table["difference"].iloc[1] == pytest.approx(0.15) and table["pairs"].iloc[1] == 2
