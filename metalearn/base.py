@@ -1,12 +1,12 @@
 """The contracts that hold the house together.
 
 Shape letters: B tasks in a batch, T sequence positions, D input features, K classes or outputs, Q independent
-queries. Contracts of later residents (losses, update rules, inner problems, estimators) are added here with their
-first implementer.
+queries. Two joints hold everything together: ``TaskDistribution`` x ``Learner`` (what learns in context) and
+``InnerProblem`` x ``Estimator`` (what is learned through a training run, and how that run is differentiated).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
+Params = dict[str, Tensor]
+Tree = Any  # nested dictionaries and named tuples of tensors
 
 BASE = "base"  # the data set of the training tasks, among those of a task distribution
 
@@ -142,6 +144,156 @@ class Source(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Hash of content, options and revision; the same whichever parts were read. A separate test split is not covered."""
+
+
+class Rule(ABC):
+    """An optimizer as a pure, differentiable function. Trees in, trees out; no argument is changed.
+
+    ``meta`` holds hyper-parameters (or the weights of a learned rule) by name, each a tensor to differentiate by; what
+    it lacks is taken from the rule's own settings, so that ``{}`` is always accepted.
+    """
+
+    @abstractmethod
+    def init(self, meta: Params, params: Params) -> Tree:
+        """The state before the first update: nested dictionaries of tensors."""
+
+    @abstractmethod
+    def update(
+        self, meta: Params, grads: Params, state: Tree, params: Params, *, loss: Tensor | None = None
+    ) -> tuple[Params, Tree]:
+        """The parameters and the state after one update."""
+
+
+class InnerState(NamedTuple):
+    """All of an inner run: every leaf a tensor, so that it can be stacked, batched, stored and differentiated through."""
+
+    params: Params
+    buffers: Params  # of the module, batch statistics for one
+    rule: Tree  # the optimizer's
+    step: Tensor  # int64 (), steps taken since the start of the episode
+    extra: Params  # what the run is given and never changes: its own horizon, a task's configuration, parameters of other levels
+
+
+class StepOutput(NamedTuple):
+    """What one inner step adds to the meta-objective."""
+
+    loss: Tensor  # this step's share of the meta-objective; 0 where the objective is terminal
+    done: Tensor  # bool: the episode's last step; the next step, if any, begins with a fresh inner run
+
+
+class Batches(NamedTuple):
+    """The data of one window by reference, so that recomputation sees the same tensors."""
+
+    inner: Callable[[int], Any]  # the batch of the window's k-th step, k = 0 ... steps - 1
+    outer: Any
+    steps: int
+
+
+class InnerProblem(ABC):
+    """What is learned through: a training run as pure functions of the meta-parameters. Estimators see nothing else.
+
+    The meta-objective of an episode is the sum of its steps' losses plus ``outer`` at its end. An endless run
+    (``horizon`` None) is asked for ``outer`` at the end of every window.
+
+    Functions are written for one run. The engine batches them by ``vmap`` over particles and tasks, except ``init``,
+    which it calls run by run. ``outer`` draws nothing. Keys are ``metalearn.random`` keys; equal keys give equal results.
+    """
+
+    horizon: int | None = None  # steps of an episode
+    rule: Rule | None = None  # where a step is this rule applied to the gradient of ``inner_loss``
+    terminal: bool = True  # whether ``outer`` is the whole meta-objective, every step's loss being 0
+    differentiable: bool = True  # whether ``step`` may be differentiated; else zeroth-order estimators only
+    global_generator: bool = False  # whether ``step`` draws from torch's global generator, as dropout does
+    rank: int = 0  # of a distributed run, which divides outer examples (or tasks) among its ranks
+    world: int = 1
+
+    @abstractmethod
+    def init_meta(self, key: Tensor) -> Params:
+        """The meta-parameters before meta-training."""
+
+    @abstractmethod
+    def init(self, meta: Params, key: Tensor) -> InnerState:
+        """The start of an episode."""
+
+    @abstractmethod
+    def step(self, meta: Params, state: InnerState, batch: Any, key: Tensor) -> tuple[InnerState, StepOutput]:
+        """One inner step."""
+
+    def outer(self, meta: Params, state: InnerState, batch: Any) -> Tensor:
+        """The terminal part of the meta-objective, a scalar; 0 where every part of it is in the steps' losses."""
+        return torch.zeros((), device=state.step.device)
+
+    def inner_loss(self, meta: Params, state: InnerState, batch: Any, key: Tensor) -> tuple[Tensor, Params]:
+        """The loss that the inner run minimises, and the buffers after; what implicit estimators and mixed mode need."""
+        raise NotImplementedError
+
+    @property
+    def has_inner_loss(self) -> bool:
+        """Whether the problem says what its inner run minimises."""
+        return type(self).inner_loss is not InnerProblem.inner_loss
+
+    def rule_meta(self, meta: Params) -> Params:
+        """The part of ``meta`` that the rule is given: its learned hyper-parameters, under the rule's own names."""
+        return {}
+
+    # -- what meta-training asks for, besides --
+
+    def open(self, *, test: bool) -> None:
+        """Read the data, those of the final test only with ``test=True``."""
+        return
+
+    def record(self) -> dict[str, Any]:
+        """What checkpoints say of the data, in builtins: at least ``fingerprint``, a hash by data set."""
+        return {"fingerprint": {}}
+
+    def batches(self, key: Tensor, steps: int) -> Batches:
+        """The data of a window; of outer examples, ``rank``'s equal share of a draw that all ranks agree on."""
+        return Batches(lambda k: None, None, steps)
+
+    def evaluate(self, meta: Params, key: Tensor, *, test: bool) -> dict[str, float]:
+        """What a user wants to know of learned meta-parameters, by name."""
+        return {}
+
+
+class MetaGradient(NamedTuple):
+    """An estimate of the gradient of the meta-objective."""
+
+    grad: Params
+    loss: Tensor  # the meta-objective of the window
+    state: Tree  # the estimator's, after
+    diagnostics: dict[str, Tensor]  # scalars
+
+
+class Response(ABC):
+    """How the end of an inner run responds to the meta-parameters: the linear operator d(params)/d(meta), transposed."""
+
+    @abstractmethod
+    def vjp(self, cotangent: Params) -> Params:
+        """``(d params / d meta)^T cotangent``, in the shape of the meta-parameters. May be called more than once."""
+
+
+class Estimator(ABC):
+    """A way of differentiating through an inner run. Pure: state in, state out, no argument changed.
+
+    ``shards`` says what the ranks of a distributed run divide among them: "outer" examples, "directions" or
+    antithetic "pairs". Averaging the gradients over ranks gives the gradient of one process.
+    """
+
+    shards: ClassVar[str] = "outer"
+    rank: int = 0
+    world: int = 1
+
+    @abstractmethod
+    def refusal(self, problem: InnerProblem) -> str | None:
+        """Why this estimator cannot work on ``problem``, in a sentence that names what is missing; None where it can."""
+
+    @abstractmethod
+    def init(self, problem: InnerProblem, meta: Params, key: Tensor) -> Tree:
+        """The state before the first estimate: particles, accumulators, warm starts. ``ValueError`` where refused."""
+
+    @abstractmethod
+    def estimate(self, problem: InnerProblem, meta: Params, state: Tree, batches: Batches, key: Tensor) -> MetaGradient:
+        """The gradient of the window's meta-objective, and the state after the window."""
 
 
 def require_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
