@@ -279,7 +279,7 @@ class Estimator(ABC):
     antithetic "pairs". Averaging the gradients over ranks gives the gradient of one process.
     """
 
-    shards: ClassVar[str] = "outer"
+    shards: str = "outer"
     rank: int = 0
     world: int = 1
 

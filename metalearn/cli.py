@@ -3,6 +3,7 @@
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 # (The Trainer sets many of its attributes where no type checker sees them, and re-exports names without saying so.)
 
+import argparse
 import fcntl
 import json
 import logging
@@ -12,8 +13,9 @@ import pickle
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +30,38 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 # Imported so that configs can name their classes by short names.
+import metalearn.estimators.evolution
+import metalearn.estimators.forward
+import metalearn.estimators.implicit
+import metalearn.estimators.unrolled
 import metalearn.models.recurrent
 import metalearn.models.transformer
+import metalearn.models.vision
+import metalearn.optim.first_order
+import metalearn.problems.data_weights
+import metalearn.problems.distillation
+import metalearn.problems.hyperparameters
+import metalearn.problems.toys
 import metalearn.tasks.images
 import metalearn.tasks.sources
 import metalearn.tasks.synthetic
 import metalearn.training.data
-import metalearn.training.in_context  # noqa: F401
+import metalearn.training.in_context
+import metalearn.training.meta_gradient  # noqa: F401
 from metalearn.base import require_choice
 from metalearn.training.callbacks import Budget, RunCheckpoint
+from metalearn.training.meta_gradient import Evaluated, MetaGradientLearning
 from metalearn.training.record import RESULT, RunRecord
 
 HELP = """usage: metalearn COMMAND ...
 
   fit       meta-train, resume or finish a run:  metalearn fit -c configs/in_context/quick.yaml --run_dir runs/x
   --ckpt_path last
-  validate  evaluate a run on meta-validation tasks (same arguments); writes validation.csv and validation.png into
-  the run folder
-  test      evaluate a run on meta-test tasks (same arguments); writes test.csv and test.png into the run folder
+  validate  evaluate a run on meta-validation tasks (same arguments); writes validation.csv and validation.png, or
+  validation.json, into the run folder
+  test      evaluate a run on meta-test tasks (same arguments); writes test.csv and test.png, or test.json
+  diagnose  every estimator of meta-gradients on a config's own problem, at a shortened horizon, and what follows:
+  metalearn diagnose -c configs/meta_gradient/data_cleaning.yaml
   compare   paired statistics over runs:  metalearn compare runs/a runs/b --metric NAME
 
 'metalearn COMMAND --help' lists the options of a command, 'metalearn fit -c FILE --print_config' the resolved config.
@@ -89,10 +105,12 @@ def _dispatch(arguments: list[str]) -> int:
         print(HELP)
     elif command == "compare":
         _compare(arguments[1:])
+    elif command == "diagnose":
+        _diagnose(arguments[1:])
     elif command in MetalearnCLI.subcommands():
         _run_lightning(arguments)
     else:
-        raise ValueError(f"command is {command!r}; accepted: fit, validate, test, compare")
+        raise ValueError(f"command is {command!r}; accepted: fit, validate, test, diagnose, compare")
     return 0
 
 
@@ -108,13 +126,26 @@ def _compare(arguments: list[str]) -> None:
     compare(**parser.parse_args(arguments).as_dict())
 
 
-def _run_lightning(arguments: list[str]) -> None:
+def _diagnose(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="metalearn diagnose",
+        description="Bias, variance, cosine to the exact meta-gradient, time and memory of every estimator on the problem "
+        "of a config, and advice. Other arguments are those of 'metalearn fit'.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--steps", type=int, help="inner steps of a window; default: the config's, at most 20")
+    parser.add_argument("--draws", type=int, default=4, help="windows, at least 2")
+    options, rest = parser.parse_known_args(arguments)
+    _run_lightning(["fit", *rest], partial(DiagnoseCLI, options))
+
+
+def _run_lightning(arguments: list[str], cli: Callable[..., LightningCLI] | None = None) -> None:
     options = {"exit_on_error": False, "allow_abbrev": False}
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
     with warnings.catch_warnings():
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
-        MetalearnCLI(
+        (cli or MetalearnCLI)(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
@@ -168,9 +199,10 @@ class MetalearnCLI(LightningCLI):
             _check_trainer(config.trainer)
         else:
             config.verbose = False  # our table, not Lightning's
-        tasks = config.data.get("init_args", {}).get("tasks")
-        if tasks is not None and "seed" in tasks.get("init_args", {}) and tasks.init_args.seed is None:
-            tasks.init_args.seed = config.seed_everything
+        data = config.data.get("init_args", {})
+        for seeded in (data, (data.get("tasks") or {}).get("init_args", {})):
+            if "seed" in seeded and seeded["seed"] is None:
+                seeded["seed"] = config.seed_everything
 
     def _checkpoint(self, asked: str | None) -> str | None:
         """The checkpoint to start from: ``last`` is the run's own if there is one; only ``fit`` may go without."""
@@ -225,8 +257,12 @@ class MetalearnCLI(LightningCLI):
         self._show("test")
 
     def _show(self, stage: str) -> None:
-        """Print the table of ``<stage>.csv`` and draw its curves."""
-        if not self.trainer.is_global_zero or not (self.run_dir / f"{stage}.csv").exists():
+        """Print the numbers of ``<stage>.json``, or the table of ``<stage>.csv``, and draw its curves."""
+        if not self.trainer.is_global_zero:
+            return
+        if isinstance(self.model, Evaluated):
+            for name, value in json.loads((self.run_dir / f"{stage}.json").read_text()).items():
+                print(f"{stage}/{name:<40}{value:>12.4f}")
             return
         from metalearn.analysis.compare import format_table, summarise_evaluation
         from metalearn.analysis.curves import save_learning_curves
@@ -238,6 +274,37 @@ class MetalearnCLI(LightningCLI):
         picture = self.run_dir / f"{stage}.png"
         save_learning_curves(frame, picture, chance=1 / self.datamodule.tasks.num_classes)
         print(f"\n{picture}")
+
+
+class DiagnoseCLI(MetalearnCLI):
+    """Builds what ``fit`` would train, and compares estimators on it instead."""
+
+    def __init__(self, options: argparse.Namespace, *args: Any, **kwargs: Any):
+        self.options = options
+        super().__init__(*args, **kwargs)
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[str(self.subcommand)]
+        for file in config.config or []:
+            _refuse_other_class(yaml.safe_load(Path(file).read_text()), config, "")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        return Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", callbacks=[])
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        from metalearn.analysis.compare import format_table
+        from metalearn.analysis.diagnose import diagnose
+
+        if not isinstance(self.model, MetaGradientLearning):
+            raise ValueError(
+                f"the model is {type(self.model).__name__}; accepted for diagnose: a config of MetaGradientLearning"
+            )
+        self.model.problem.open(test=False)
+        steps = self.options.steps or min(self.model.steps, 20)
+        found = diagnose(self.model.problem, steps, self.options.draws, self.datamodule.seed or 0)
+        print(format_table(found.table))
+        print("\n" + ", ".join(f"{name} {value:g}" for name, value in found.facts.items()))
+        print("\n".join(f"- {sentence}" for sentence in found.advice))
 
 
 def _check_trainer(trainer: Any) -> None:

@@ -75,7 +75,7 @@ def _counter(count: int, device: torch.device) -> Tensor:
 def uniform(key: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     """float32 uniforms in [0, 1) on a grid of 2^-24: (*key.shape, *shape)."""
     words = bits(key, math.prod(shape))
-    return ((words >> 40) & (2**24 - 1)).float().mul_(2.0**-24).reshape(*key.shape, *shape)
+    return ((words >> 40) & (2**24 - 1)).float().mul_(2.0**-24).reshape((*key.shape, *shape))
 
 
 def normal(key: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
@@ -85,7 +85,7 @@ def normal(key: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     """
     count = math.prod(shape)
     halves = bits(key, (count + 1) // 2).view(torch.int32)[..., :count]
-    return halves.float().mul_(_UNIT).erfinv_().mul_(math.sqrt(2)).reshape(*key.shape, *shape)
+    return halves.float().mul_(_UNIT).erfinv_().mul_(math.sqrt(2)).reshape((*key.shape, *shape))
 
 
 def integers(key: Tensor, shape: tuple[int, ...], high: int) -> Tensor:
@@ -93,7 +93,7 @@ def integers(key: Tensor, shape: tuple[int, ...], high: int) -> Tensor:
     if not 1 <= high <= 2**31:
         raise ValueError(f"high is {high}; accepted: 1 <= high <= 2^31")
     words = bits(key, math.prod(shape)) >> 32 & (2**32 - 1)
-    return ((words * high) >> 32).reshape(*key.shape, *shape)
+    return ((words * high) >> 32).reshape((*key.shape, *shape))
 
 
 def permutation(key: Tensor, size: int) -> Tensor:

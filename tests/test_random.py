@@ -108,3 +108,9 @@ def test_is_the_same_on_the_gpu():
     torch.testing.assert_close(
         random.normal(keys, (1000,)), random.normal(keys.cuda(), (1000,)).cpu(), rtol=1e-5, atol=1e-6
     )
+
+
+def test_a_single_number_of_a_single_key_is_a_scalar():
+    one = random.key(0)
+    numbers = random.uniform(one), random.normal(one), random.integers(one, (), 5)
+    assert all(number.shape == () for number in numbers)

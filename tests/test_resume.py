@@ -17,23 +17,17 @@ from metalearn.analysis.runs import read_run
 DDP = HERE.parent / "configs" / "hardware" / "ddp.yaml"
 
 
-def command(folder, *overrides):
+def start(config, folder, *overrides):
     """``metalearn fit`` in a process of its own."""
-    arguments = [
-        sys.executable,
-        "-m",
-        "metalearn",
-        "fit",
-        "-c",
-        TINY,
-        "--run_dir",
-        folder,
-        "--ckpt_path",
-        "last",
-        *overrides,
-    ]
+    arguments = [sys.executable, "-m", "metalearn", "fit", "-c", config, "--run_dir", folder, "--ckpt_path", "last"]
     environment = os.environ | {"PYTHONPATH": str(HERE)}
-    return subprocess.run(list(map(str, arguments)), env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        list(map(str, (*arguments, *overrides))), env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def command(folder, *overrides):
+    return start(TINY, folder, *overrides)
 
 
 def assert_same_training_state(folder, other):

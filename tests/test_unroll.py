@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from estimators.conftest import quick_estimate, relative, ridge  # noqa: F401 (a fixture)
+from estimators.conftest import estimate, relative, ridge
 from torch import nn
 from torch.nn import functional
 
@@ -65,10 +65,10 @@ def test_matches_a_torch_loop():
 
 
 @pytest.mark.parametrize("mode", ["store", "checkpoint", "mixed"])
-def test_recomputation_with_dropout_is_that_of_one_graph(mode, quick_estimate):
+def test_recomputation_with_dropout_is_that_of_one_graph(mode):
     problem = Regression(SGD(0.1, momentum=0.9))
     meta = problem.init_meta(key(0))
-    whole, found = (quick_estimate(Unrolled(m), problem, meta, steps=6) for m in ("graph", mode))
+    whole, found = (estimate(Unrolled(m), problem, meta, steps=6) for m in ("graph", mode))
     assert relative(found.grad, whole.grad) <= 1e-10
     assert torch.equal(whole.loss, found.loss)
 
@@ -83,10 +83,10 @@ def test_dropout_leaves_the_global_generator_alone():
 
 
 @pytest.mark.parametrize("mode", ["graph", "store", "mixed"])
-def test_tasks_match_their_mean_one_by_one(mode, quick_estimate):
+def test_tasks_match_their_mean_one_by_one(mode):
     problem = Regression(SGD(0.1, momentum=0.9), dropout=0.0)
     tasks, meta = Tasks(problem, 3), problem.init_meta(key(0))
-    joint = quick_estimate(Unrolled(mode), tasks, meta, steps=4)
+    joint = estimate(Unrolled(mode), tasks, meta, steps=4)
     estimator, k = Unrolled("graph"), key(0)
     singles = []
     for t in range(3):
@@ -100,14 +100,14 @@ def test_tasks_match_their_mean_one_by_one(mode, quick_estimate):
     assert estimator.refusal(tasks) is None
 
 
-def test_ranks_divide_the_tasks(quick_estimate):
+def test_ranks_divide_the_tasks():
     problem = Regression(SGD(0.1), dropout=0.0)
     meta, found = problem.init_meta(key(0)), []
     for rank in range(2):
         tasks = Tasks(problem, 4)
         tasks.rank, tasks.world = rank, 2
-        found.append(quick_estimate(Unrolled(), tasks, meta, steps=2).grad["scale"])
-    whole = quick_estimate(Unrolled(), Tasks(problem, 4), meta, steps=2).grad["scale"]
+        found.append(estimate(Unrolled(), tasks, meta, steps=2).grad["scale"])
+    whole = estimate(Unrolled(), Tasks(problem, 4), meta, steps=2).grad["scale"]
     torch.testing.assert_close(torch.stack(found).mean(), whole, rtol=1e-12, atol=0)
     tasks = Tasks(problem, 3)
     tasks.rank, tasks.world = 0, 2
@@ -115,13 +115,13 @@ def test_ranks_divide_the_tasks(quick_estimate):
         tasks.init(meta, key(0))
 
 
-def test_a_window_must_not_straddle_episodes(quick_estimate):
+def test_a_window_must_not_straddle_episodes():
     problem, meta = ridge(horizon=4)
     with pytest.raises(ValueError, match="steps is 5, but the episode of 4 steps has 4 left"):
-        quick_estimate(Unrolled(), problem, meta, steps=5)
+        estimate(Unrolled(), problem, meta, steps=5)
 
 
-def test_truncation_is_backpropagation_from_the_state_before(quick_estimate):
+def test_truncation_is_backpropagation_from_the_state_before():
     problem, meta = ridge()
     batches = problem.batches(key(0), 12)
     before = unroll(problem, meta, problem.init(meta, key(0)), batches._replace(steps=9), key(0)).end
@@ -130,7 +130,7 @@ def test_truncation_is_backpropagation_from_the_state_before(quick_estimate):
         end = unroll(problem, leaf, before, batches._replace(steps=3), key(0)).end
         wanted = torch.autograd.grad(problem.outer(leaf, end, batches.outer), leaf["log_penalty"])[0]
     for mode in ("graph", "store", "checkpoint", "mixed"):
-        found = quick_estimate(Unrolled(mode, truncate=3), problem, meta, steps=12)
+        found = estimate(Unrolled(mode, truncate=3), problem, meta, steps=12)
         torch.testing.assert_close(found.grad["log_penalty"], wanted, rtol=1e-12, atol=1e-15)
 
 

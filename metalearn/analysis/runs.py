@@ -3,6 +3,7 @@
 A run folder holds ``logs/version_<k>``, one for each start, and after an evaluation ``validation.csv`` or ``test.csv``.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -69,15 +70,21 @@ def read_evaluation(run_dir: str | Path, stage: str = "test") -> pd.DataFrame:
 
 
 def read_metrics(run_dir: str | Path) -> pd.DataFrame:
-    """``read_run``, and below it what was evaluated since, as metrics ``<stage>/<stream>/<method>/<examples seen>``."""
+    """``read_run``, and below it what was evaluated since.
+
+    That is ``<stage>/<stream>/<method>/<examples seen>`` of ``<stage>.csv``, and ``<stage>/<name>`` of ``<stage>.json``.
+    """
     run = read_run(run_dir)
+    same = {name: run[name].iloc[-1] for name in ("run", "seed", "version")} | {"step": run["step"].max()}
     frames: list[pd.DataFrame] = [run]
     for stage in COMMANDS:
         if (Path(run_dir) / f"{stage}.csv").is_file():
             rows = read_evaluation(run_dir, stage)
             names = stage + "/" + rows["stream"] + "/" + rows["method"] + "/" + rows["position"].astype(str)
-            same = {name: run[name].iloc[-1] for name in ("run", "seed", "version")} | {"step": run["step"].max()}
             frames.append(pd.DataFrame({"metric": names, "value": rows["accuracy"]}).assign(**same))
+        if (path := Path(run_dir) / f"{stage}.json").is_file():
+            numbers = {f"{stage}/{name}": value for name, value in json.loads(path.read_text()).items()}
+            frames.append(pd.DataFrame(numbers.items(), columns=pd.Index(["metric", "value"])).assign(**same))
     return pd.concat(frames, ignore_index=True).astype({"seed": "Int64"})
 
 

@@ -1,11 +1,12 @@
 """Backpropagation through the inner run: exact for its K steps, in four ways that differ in memory and time."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp
+from torch.func import grad, jvp, vjp
 
 from metalearn import tree
 from metalearn.base import (
@@ -49,11 +50,10 @@ class Unrolled(Responsive):
     - "graph": one autograd graph of the whole window; time 2.4 F, memory K A.
     - "store": the states are kept, and each step is run again for its own vector-Jacobian product; F more, memory K P + A.
     - "checkpoint": every ceil(sqrt K)-th state is kept; F more again, memory 2 sqrt(K) P + A.
-    - "mixed": as "store", but the Hessian-vector product of a step is forward over reverse, one
-      ``jvp(grad(inner_loss))`` that gives both products since the Hessian is symmetric, and the rule's own Jacobian
-      comes from its gradients, which are kept too; memory 2 K P and less than A. Needs a problem whose step is its
-      rule on the gradient of ``inner_loss``, and a terminal objective. (torch 2.13 has no forward mode of the
-      gradients of ``mse_loss`` and ``huber_loss``: write them out.)
+    - "mixed": as "store", but a step's products are one gradient of a directional derivative, reverse over forward:
+      (d/d theta, d/d lambda) of ``jvp(inner_loss)`` along the cotangent of the step's own gradient, since the Hessian is
+      symmetric. The rule's own Jacobian comes from that gradient, which is kept too; memory 2 K P and less than A.
+      Needs a problem whose step is its rule on the gradient of ``inner_loss``, and a terminal objective.
 
     Args:
         mode: one of "graph", "store", "checkpoint", "mixed".
@@ -61,24 +61,35 @@ class Unrolled(Responsive):
             null through all.
         warm_start: as in ``Windowed``; then differentiation stops at the window's start (truncated backpropagation
             where an episode has several windows).
+        compile: whether ``torch.compile`` fuses a step and its products, in mode "mixed" only: a minute at the first
+            estimate, and again for every new shape.
 
     Source: Franceschi et al. 2017, "Forward and Reverse Gradient-Based Hyperparameter Optimization", algorithm 1;
-    "checkpoint" Griewank and Walther 2000; "mixed" the forward-over-reverse of Kemaev et al. 2025, "Scalable
-    Meta-Learning via Mixed-Mode Differentiation".
+    "checkpoint" Griewank and Walther 2000; "mixed" Kemaev et al. 2025, "Scalable Meta-Learning via Mixed-Mode
+    Differentiation". Differs from the last: reverse over forward, which spares the gradient itself, where theirs is
+    forward over reverse.
     """
 
-    def __init__(self, mode: str = "store", truncate: int | None = None, warm_start: bool = False):
+    def __init__(
+        self, mode: str = "store", truncate: int | None = None, warm_start: bool = False, compile: bool = False
+    ):
         super().__init__(warm_start)
         require_choice("mode", mode, MODES)
         if truncate is not None:
             require_range("truncate", truncate, 1)
-        self.mode, self.truncate = mode, truncate
+        if compile:
+            require_choice("mode with compile", mode, ("mixed",))
+        self.mode, self.truncate, self.compile = mode, truncate, compile
+        self._descend = torch.compile(_descend) if compile else _descend
+        self._pull = torch.compile(_pull_mixed) if compile else _pull_mixed
 
     def refusal(self, problem: InnerProblem) -> str | None:
         if (reason := super().refusal(problem)) or self.mode != "mixed":
             return reason
         if problem.rule is None or not problem.has_inner_loss:
             return "mixed mode needs a step that is a rule applied to the gradient of an inner_loss"
+        if self.compile and problem.global_generator:
+            return "its steps draw from torch's global generator (dropout does), and compiled code draws other numbers"
         return None if problem.terminal else "mixed mode differentiates inner_loss only, and its steps have losses too"
 
     def differentiate(
@@ -125,7 +136,7 @@ class Unrolled(Responsive):
                 return unroll(problem, tracked(meta), start, batches, key, step=self._graph_step(batches.steps))
         first, grads = self._first(batches.steps), {}
         every = math.isqrt(batches.steps - 1) + 1 if self.mode == "checkpoint" else 1
-        step = _recording(grads) if self.mode == "mixed" else advance
+        step = _recording(grads, self._descend) if self.mode == "mixed" else advance
         with torch.no_grad():
             window = unroll(problem, meta, start, batches, key, lambda k: k >= first and (k - first) % every == 0, step)
         return window._replace(grads=grads)
@@ -138,13 +149,27 @@ class Unrolled(Responsive):
     ) -> tuple[Params, list[Tensor]]:
         """Take cotangents of the end, and of the steps' summed losses, back to ``meta`` and to the first state kept."""
         total, steps = tree.zeros_like(window.meta), window.batches.steps
-        pull_step = _pull_mixed if self.mode == "mixed" else _pull_stored
+        pull_step = self._pull_mixed if self.mode == "mixed" else _pull_stored
         with differentiable_kernels():
             for begin in sorted(window.states.keys() - {steps}, reverse=True):
                 for k, state in reversed(_segment(problem, window, begin)):
                     grads, by_end = pull_step(problem, window, state, k, by_end, loss_weight)
                     total = tree.add(total, grads)
         return total, by_end
+
+    def _pull_mixed(
+        self,
+        problem: InnerProblem,
+        window: Window,
+        state: InnerState,
+        k: int,
+        by_next: list[Tensor],
+        loss_weight: float,
+    ) -> tuple[Params, list[Tensor]]:
+        assert loss_weight == 0, "mixed mode is refused where steps have losses"
+        batch, step_key = window.batches.inner(k), fold(window.key, k)
+        with seeded(problem, step_key), torch.no_grad():
+            return self._pull(problem, window.meta, state, window.grads[k], batch, step_key, by_next)
 
     def _first(self, steps: int) -> int:
         """The first step that is differentiated."""
@@ -177,7 +202,7 @@ class _UnrolledResponse(Response):
         return self.estimator.pull(self.problem, window, by_end, loss_weight=0.0)[0]
 
 
-def _recording(grads: dict[int, Params]) -> Step:
+def _recording(grads: dict[int, Params], descend: Callable) -> Step:
     """A step of descent that keeps its gradient in ``grads``."""
 
     def step(
@@ -185,11 +210,18 @@ def _recording(grads: dict[int, Params]) -> Step:
     ) -> tuple[InnerState, StepOutput]:
         step_key = fold(key, k)
         with seeded(problem, step_key):
-            grads[k], loss, buffers = inner_gradient(problem, meta, state, batches.inner(k), step_key)
-        state = update(problem, meta, state, grads[k], loss, buffers)
+            state, grads[k], loss = descend(problem, meta, state, batches.inner(k), step_key)
         return state, StepOutput(loss.new_zeros(()), ended(problem, state))
 
     return step
+
+
+def _descend(
+    problem: InnerProblem, meta: Params, state: InnerState, batch: Any, key: Tensor
+) -> tuple[InnerState, Params, Tensor]:
+    """A step of descent, with its gradient and its loss."""
+    grads, loss, buffers = inner_gradient(problem, meta, state, batch, key)
+    return update(problem, meta, state, grads, loss, buffers), grads, loss
 
 
 def _segment(problem: InnerProblem, window: Window, begin: int) -> list[tuple[int, InnerState]]:
@@ -220,24 +252,27 @@ def _pull_stored(
 
 
 def _pull_mixed(
-    problem: InnerProblem, window: Window, state: InnerState, k: int, by_next: list[Tensor], loss_weight: float
+    problem: InnerProblem,
+    meta: Params,
+    state: InnerState,
+    grads: Params,
+    batch: Any,
+    key: Tensor,
+    by_next: list[Tensor],
 ) -> tuple[Params, list[Tensor]]:
     """One step's vector-Jacobian product: first through the rule, then through the gradient it was given."""
-    assert loss_weight == 0, "mixed mode is refused where steps have losses"
     by_state = tree.split(state)[1](by_next)
-    by_grads, by_rule = _pull_rule(problem, window, state, k, by_state)
+    by_grads, by_rule = _pull_rule(problem, meta, state, grads, by_state)
     extra, merge = tree.split(state.extra)
-    step_key = fold(window.key, k)
 
-    def inner_loss(params: Params, meta: Params, extra: list[Tensor]) -> Tensor:
-        inner = state._replace(params=params, extra=merge(extra))
-        return problem.inner_loss(meta, inner, window.batches.inner(k), step_key)[0]
+    def slope(params: Params, meta: Params, extra: list[Tensor]) -> Tensor:
+        def loss(params: Params) -> Tensor:
+            inner = state._replace(params=params, extra=merge(extra))
+            return problem.inner_loss(meta, inner, batch, key)[0]
 
-    def slope(params: Params) -> tuple[Params, Params, list[Tensor]]:
-        return grad(inner_loss, argnums=(0, 1, 2))(params, window.meta, extra)
+        return jvp(loss, (params,), (by_grads,))[1]
 
-    with seeded(problem, step_key), torch.no_grad():
-        _, (along_params, along_meta, along_extra) = jvp(slope, (state.params,), (by_grads,))
+    along_params, along_meta, along_extra = grad(slope, argnums=(0, 1, 2))(state.params, meta, extra)
     by_extra = [leaf + more for leaf, more in zip(tree.split(by_state.extra)[0], along_extra, strict=True)]
     by_params = tree.add(by_rule.params, along_params)
     pulled = by_state._replace(params=by_params, rule=by_rule.rule, extra=merge(by_extra))
@@ -251,16 +286,17 @@ class _ByRule(NamedTuple):
 
 
 def _pull_rule(
-    problem: InnerProblem, window: Window, state: InnerState, k: int, by_state: InnerState
+    problem: InnerProblem, meta: Params, state: InnerState, grads: Params, by_state: InnerState
 ) -> tuple[Params, _ByRule]:
     """Cotangents of what the rule was given: the gradient, and meta-parameters, parameters and its own state."""
-    assert problem.rule is not None
-    arguments = _ByRule(window.meta, state.params, state.rule)
-    with torch.enable_grad():
-        floats, merge = tree.split(arguments)
-        floats = [leaf.detach().requires_grad_() for leaf in floats]
-        given, grads = merge(floats), tracked(window.grads[k])
-        after = problem.rule.update(problem.rule_meta(given.meta), grads, given.rule, given.params)
+    rule = problem.rule
+    assert rule is not None
+    floats, merge = tree.split(_ByRule(meta, state.params, state.rule))
+
+    def update(grads: Params, floats: list[Tensor]) -> list[Tensor]:
+        given = merge(floats)
+        return tree.split(rule.update(problem.rule_meta(given.meta), grads, given.rule, given.params))[0]
+
     by_after = tree.split((by_state.params, by_state.rule))[0]
-    pulled = gradients(tree.split(after)[0], [*grads.values(), *floats], by_after)
-    return dict(zip(grads, pulled, strict=False)), merge(pulled[len(grads) :])
+    by_grads, by_given = vjp(update, grads, floats)[1](by_after)
+    return by_grads, merge(by_given)

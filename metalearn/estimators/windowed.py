@@ -178,7 +178,7 @@ class Implicit(Responsive):
 
 def _require_whole_windows(problem: InnerProblem, start: InnerState, steps: int) -> None:
     """Raise ``ValueError`` where an episode would end inside the window."""
-    if problem.horizon is not None and (left := problem.horizon - int(start.step)) < steps:
+    if problem.horizon is not None and (left := problem.horizon - int(start.step.max())) < steps:
         raise ValueError(
             f"steps is {steps}, but the episode of {problem.horizon} steps has {left} left; accepted: a divisor of "
             f"{problem.horizon}"

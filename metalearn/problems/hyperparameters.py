@@ -1,11 +1,13 @@
-"""Hyper-parameters of convex problems: per-feature ridge penalties, with the hypergradient in closed form."""
+"""Hyper-parameters of convex problems: per-feature penalties of ridge and of logistic regression."""
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from metalearn.base import Batches, InnerState, Params, Rule
+from metalearn import random, tree
+from metalearn.base import Batches, InnerState, Params, Rule, Source, require_range
+from metalearn.problems.training_runs import TrainingRun
 from metalearn.unroll import Descent
 
 
@@ -62,6 +64,87 @@ class Ridge(Descent):
     def _normal_matrix(self, meta: Params) -> Tensor:
         x, _ = self.train
         return x.T @ x / len(x) + torch.diag(meta["log_penalty"].exp())
+
+
+class RandomRidge(Ridge):
+    """``Ridge`` on random rows: standard normal inputs, y = X w + noise e with standard normal w and e, in float64.
+
+    Only the first half of the features has a weight, so that the others' penalties should rise.
+
+    Args:
+        rule: of the inner run.
+        num_rows: training rows, and as many for validation, at least 1.
+        num_features: D, at least 1.
+        noise: standard deviation of what is added to a target, at least 0.
+        seed: of the rows.
+        horizon: as in ``Ridge``.
+
+    Raises:
+        ValueError: for values out of range.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        num_rows: int = 40,
+        num_features: int = 6,
+        noise: float = 1.0,
+        seed: int = 0,
+        horizon: int | None = None,
+    ):
+        for name, value in dict(num_rows=num_rows, num_features=num_features).items():
+            require_range(name, value, 1)
+        require_range("noise", noise, 0)
+        key = random.key(seed, "ridge")
+        x = random.normal(random.fold(key, "x"), (2, num_rows, num_features)).double()
+        w = random.normal(random.fold(key, "w"), (num_features,)).double()
+        w[(num_features + 1) // 2 :] = 0
+        y = x @ w + noise * random.normal(random.fold(key, "noise"), (2, num_rows)).double()
+        super().__init__(x[0], y[0], x[1], y[1], rule, horizon)
+
+
+class LogisticRegression(TrainingRun):
+    """Multinomial logistic regression with one learned log-penalty per feature.
+
+    Inner: mean CE of the logits W x + b + sum_d e^{l_d} sum_k W_kd^2 / 2 on training examples, from W = 0, b = 0. Outer:
+    mean CE on validation examples.
+
+    Args:
+        source: as in ``TrainingRun``.
+        rule: of the inner run.
+        horizon: as in ``TrainingRun``.
+        log_penalty: l_d before meta-training.
+        batch_size: as in ``TrainingRun``.
+        outer_batch_size: as in ``TrainingRun``.
+
+    Raises:
+        ValueError: for values out of range.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        rule: Rule,
+        horizon: int | None = None,
+        log_penalty: float = -5.0,
+        batch_size: int | None = None,
+        outer_batch_size: int | None = None,
+    ):
+        super().__init__(source, nn.Linear, rule, horizon, batch_size, outer_batch_size)
+        self.log_penalty = log_penalty
+
+    def init_meta(self, key: Tensor) -> Params:
+        weight = self.module.get_parameter("weight")
+        return {"log_penalty": weight.new_full(weight.shape[1:], self.log_penalty, device=key.device)}
+
+    def initial(self, key: Tensor) -> tuple[Params, Params]:
+        params, buffers = super().initial(key)
+        return tree.zeros_like(params), buffers
+
+    def inner_loss(self, meta: Params, state: InnerState, batch: Any, key: Tensor) -> tuple[Tensor, Params]:
+        loss, buffers = super().inner_loss(meta, state, batch, key)
+        squares = state.params["weight"].square().sum(0)
+        return loss + (meta["log_penalty"].exp() * squares).sum() / 2, buffers
 
 
 def _half_square(rows: tuple[Tensor, Tensor], w: Tensor) -> Tensor:

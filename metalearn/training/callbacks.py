@@ -115,7 +115,7 @@ class Cost(NamedTuple):
 
     tokens: int
     gradient_evaluations: int
-    flops: int
+    flops: int | None  # None where a procedure cannot tell
 
 
 class Budget(Callback):
@@ -153,9 +153,10 @@ class Budget(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         for name, amount in self.cost._asdict().items():
-            self.spent[name] += amount
+            self.spent[name] += amount or 0
         if trainer.global_step % trainer.log_every_n_steps == 0:
-            values = {**self.spent, "seconds": self.seconds, "peak_memory_bytes": peak_memory_bytes(pl_module.device)}
+            counted = {name: total for name, total in self.spent.items() if getattr(self.cost, name) is not None}
+            values = {**counted, "seconds": self.seconds, "peak_memory_bytes": peak_memory_bytes(pl_module.device)}
             for logger in trainer.loggers:  # not pl_module.log, which rounds counts to float32
                 logger.log_metrics({f"budget/{name}": value for name, value in values.items()}, trainer.global_step - 1)
 

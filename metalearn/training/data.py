@@ -29,10 +29,10 @@ class Request(NamedTuple):
 class Requests(IterableDataset):
     """An iterable of requests that starts anew, from the trainer's state of that moment, at every iteration."""
 
-    def __init__(self, start: Callable[[], Iterator[Request]]):
+    def __init__(self, start: Callable[[], Iterator[Any]]):
         self.start = start
 
-    def __iter__(self) -> Iterator[Request]:
+    def __iter__(self) -> Iterator[Any]:
         return self.start()
 
 
@@ -83,13 +83,13 @@ class TaskBatches(LightningDataModule):
         self.tasks.open(test=stage == "test")
 
     def train_dataloader(self) -> DataLoader:
-        return _loader(self._training_requests)
+        return request_loader(self._training_requests)
 
     def val_dataloader(self) -> list[DataLoader]:
-        return [_loader(self._evaluation_requests(MetaValidation(stream))) for stream in self.tasks.streams()]
+        return [request_loader(self._evaluation_requests(MetaValidation(stream))) for stream in self.tasks.streams()]
 
     def test_dataloader(self) -> list[DataLoader]:
-        return [_loader(self._evaluation_requests(MetaTest(stream))) for stream in self.tasks.streams()]
+        return [request_loader(self._evaluation_requests(MetaTest(stream))) for stream in self.tasks.streams()]
 
     def transfer_batch_to_device(self, batch: Request, device: torch.device, dataloader_idx: int) -> Batch:
         """Make the batch; on a CPU, the next training batch is made meanwhile in a thread, while this one is trained on.
@@ -165,5 +165,6 @@ def _short(value: Any) -> Any:
     return value[:8] if isinstance(value, str) else value
 
 
-def _loader(start: Callable[[], Iterator[Request]]) -> DataLoader:
+def request_loader(start: Callable[[], Iterator[Any]]) -> DataLoader:
+    """A loader that makes no batches itself: it hands out what the iterator gives."""
     return DataLoader(Requests(start), batch_size=None, num_workers=0)

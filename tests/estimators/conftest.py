@@ -1,7 +1,6 @@
 """Problems whose meta-gradient is known, in float64."""
 
 import pytest
-import torch
 
 from metalearn.optim.first_order import SGD
 from metalearn.problems.hyperparameters import Ridge
@@ -29,15 +28,13 @@ def relative(found, wanted):
     return float((difference / sum(v.square().sum() for v in wanted.values())).sqrt())
 
 
+def estimate(estimator, problem, meta, steps, seed=0):
+    """One estimate from a fresh state: a ``MetaGradient``."""
+    k = key(seed)
+    state = estimator.init(problem, meta, k)
+    return estimator.estimate(problem, meta, state, problem.batches(k, steps), k)
+
+
 @pytest.fixture
 def quick_estimate():
-    def estimate(estimator, problem, meta, steps, seed=0):
-        k = key(seed)
-        state = estimator.init(problem, meta, k)
-        return estimator.estimate(problem, meta, state, problem.batches(k, steps), k)
-
     return estimate
-
-
-def pytest_configure():
-    torch.set_num_threads(1)

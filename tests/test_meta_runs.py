@@ -1,0 +1,111 @@
+"""Meta-gradient runs from the command line: killed and resumed, shared over two processes, evaluated, refused."""
+
+import json
+import signal
+
+import pytest
+import torch
+import yaml
+from test_cli import HERE, last, refused, signalled
+from test_resume import DDP, start
+
+from metalearn.analysis.runs import read_metrics
+from metalearn.cli import main
+
+SCHEDULE, WEIGHTS = HERE / "training" / "tiny_schedule.yaml", HERE / "training" / "tiny_weights.yaml"
+ESTIMATOR = "model.init_args.estimator"
+# Each family on a problem that it is for. Directions and pairs are a multiple of two ranks.
+FAMILIES = {
+    "checkpoint": (WEIGHTS, "Unrolled", {"mode": "checkpoint", "warm_start": True}),
+    "implicit": (WEIGHTS, "ConjugateGradient", {"iterations": 3, "damping": 1.0, "reuse_solution": True}),
+    "forward": (WEIGHTS, "ForwardGradient", {"directions": 4, "warm_start": True}),
+    "zeroth": (WEIGHTS, "ZerothOrder", {"directions": 4, "chunk": 1}),
+    "recurrent": (SCHEDULE, "UnbiasedOnlineRecurrent", {}),
+    "noise": (SCHEDULE, "NoiseReuseES", {"pairs": 4, "std": 0.3}),
+}
+
+
+def config_of(family, folder):
+    """The family's config, written anew: another class may not be chosen over a file's settings."""
+    base, class_path, init_args = FAMILIES[family]
+    content = yaml.safe_load(base.read_text())
+    content["model"]["init_args"]["estimator"] = {"class_path": class_path, "init_args": init_args}
+    path = folder / f"{family}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def fit(config, folder, *overrides):
+    return main(["fit", "-c", str(config), "--run_dir", str(folder), "--ckpt_path", "last", *map(str, overrides)])
+
+
+def assert_same(folder, other, tolerance=0.0):
+    ours, theirs = last(folder), last(other)
+    for part in ("state_dict", "estimator", "optimizer_states"):
+        torch.testing.assert_close(ours[part], theirs[part], rtol=tolerance, atol=tolerance)
+    assert ours["global_step"] == theirs["global_step"] == 6
+
+
+def assert_killed_run_resumes(config, tmp_path):
+    killed = start(config, tmp_path / "killed", *signalled(3, signal.SIGKILL))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert last(tmp_path / "killed")["global_step"] == 2
+    assert fit(config, tmp_path / "killed") == fit(config, tmp_path / "whole") == 0
+    assert_same(tmp_path / "killed", tmp_path / "whole")
+
+
+def assert_two_ranks_equal_one(config, tmp_path):
+    shared = start(config, tmp_path / "shared", "-c", DDP, "--trainer.accelerator", "cpu", "--trainer.devices", 2)
+    assert shared.returncode == 0, shared.stderr
+    assert "distributed_backend=gloo" in shared.stderr and fit(config, tmp_path / "alone") == 0
+    assert_same(tmp_path / "shared", tmp_path / "alone", 1e-6)
+
+
+def test_killed_run_resumes_bit_equal(tmp_path):
+    assert_killed_run_resumes(SCHEDULE, tmp_path)
+
+
+def test_two_ranks_equal_one(tmp_path):
+    assert_two_ranks_equal_one(SCHEDULE, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_killed_run_of_any_estimator_resumes_bit_equal(family, tmp_path):
+    assert_killed_run_resumes(config_of(family, tmp_path), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "recurrent"])
+def test_two_ranks_with_any_estimator_equal_one(family, tmp_path):
+    assert_two_ranks_equal_one(config_of(family, tmp_path), tmp_path)
+
+
+def test_a_finished_run_goes_on_to_a_higher_max_steps(tmp_path):
+    shortened = ("--trainer.max_steps", 4)
+    assert fit(SCHEDULE, tmp_path / "parts", *shortened) == 0
+    assert fit(SCHEDULE, tmp_path / "parts") == fit(SCHEDULE, tmp_path / "whole") == 0
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_evaluation_is_written_printed_and_read(tmp_path, capsys):
+    assert fit(WEIGHTS, tmp_path) == 0
+    for command, stage in (("validate", "validation"), ("test", "test")):
+        assert main([command, "-c", str(WEIGHTS), "--run_dir", str(tmp_path), "--ckpt_path", "last"]) == 0
+        found = json.loads((tmp_path / f"{stage}.json").read_text())
+        assert 0 <= found["f1"] <= 1 and f"{stage}/f1" in capsys.readouterr().out
+    frame = read_metrics(tmp_path).set_index("metric")["value"]
+    assert frame["test/f1"] == found["f1"] and "validation/accuracy_learned" in frame.index
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    arguments = ["fit", "-c", SCHEDULE, "--run_dir", tmp_path]
+    assert "steps is 0; accepted: 1 <= steps" in refused(capsys, *arguments, "--model.init_args.steps", 0)
+    assert "std is -1.0" in refused(capsys, *arguments, f"--{ESTIMATOR}.init_args.std", -1)
+    config = config_of("implicit", tmp_path)
+    content = yaml.safe_load(config.read_text())
+    content["model"]["init_args"]["problem"] = {"class_path": "LearningRateToy"}
+    config.write_text(yaml.safe_dump(content))
+    refusal = refused(capsys, "fit", "-c", config, "--run_dir", tmp_path)
+    assert "ConjugateGradient cannot be used on LearningRateToy: it has no inner_loss" in refusal
+    assert not (tmp_path / "checkpoints").exists()

@@ -1,0 +1,107 @@
+"""The Lightning side of meta-gradients: what the Trainer does to an estimate, and runs that stop and go on."""
+
+import functools
+
+import pytest
+import torch
+from estimators.conftest import ridge
+from pytorch_lightning import Callback
+
+from metalearn.estimators.unrolled import Unrolled
+from metalearn.training.callbacks import RunCheckpoint
+from metalearn.training.meta_gradient import MetaGradientLearning, OuterSteps
+
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+SGD = functools.partial(torch.optim.SGD, lr=0.5)
+
+
+@pytest.fixture
+def learn(make_trainer):
+    """Train on the ridge problem: ``learn(estimator, problem=…, steps=…, max_steps=…, …)`` returns the module."""
+
+    def learn(*callbacks, estimator=None, problem=None, steps=5, optimizer=SGD, ckpt_path=None, seed=0, **options):
+        problem = problem or ridge()[0]
+        module = MetaGradientLearning(problem, estimator or Unrolled(), steps, optimizer)
+        make_trainer(*callbacks, **options).fit(module, OuterSteps(seed), ckpt_path=ckpt_path)
+        return module
+
+    return learn
+
+
+def estimates(problem, meta, steps, numbers, state=None):
+    """What the module is to find at those outer steps, with meta held fixed."""
+    data, estimator = OuterSteps(0), Unrolled()
+    state = estimator.init(problem, meta, data.key("estimator", 0, torch.device("cpu")))
+    found = []
+    for number in numbers:
+        key = data.key("step", number, torch.device("cpu"))
+        found.append(estimator.estimate(problem, meta, state, problem.batches(key, steps), key).grad["log_penalty"])
+    return found
+
+
+def test_matches_a_step_of_gradient_descent(learn):
+    problem, _ = ridge()
+    meta = problem.init_meta(None)
+    (wanted,) = estimates(problem, meta, 5, [0])
+    module = learn(max_steps=1)
+    torch.testing.assert_close(module.meta["log_penalty"], meta["log_penalty"] - 0.5 * wanted)
+
+
+def test_accumulation_and_clipping_are_the_trainers(learn):
+    problem, _ = ridge()
+    meta = problem.init_meta(None)
+    wanted = torch.stack(estimates(problem, meta, 5, [0, 1])).mean(0)
+    norm = float(wanted.norm())
+    module = learn(max_steps=1, accumulate_grad_batches=2, gradient_clip_val=norm / 4)
+    moved = meta["log_penalty"] - module.meta["log_penalty"]
+    torch.testing.assert_close(moved, 0.5 * wanted / 4, rtol=1e-4, atol=0)
+
+
+class Stop(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("estimator", [Unrolled(), Unrolled("mixed", warm_start=True)], ids=["fresh", "warm"])
+def test_resumed_run_is_bit_equal(learn, tmp_path, estimator):
+    whole = learn(estimator=estimator, max_steps=6)
+    options = {"estimator": estimator, "max_steps": 6, "enable_checkpointing": True}
+    with pytest.raises(SystemExit):
+        learn(RunCheckpoint(str(tmp_path), 2), Stop(3), **options)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+    resumed = learn(RunCheckpoint(str(tmp_path), 2), ckpt_path=last, **options)
+    torch.testing.assert_close(resumed.meta, whole.meta, rtol=0, atol=0)
+    torch.testing.assert_close(resumed.estimator_state, whole.estimator_state, rtol=0, atol=0)
+
+
+def test_checkpoint_of_another_run_is_refused(learn, tmp_path):
+    keep = functools.partial(learn, RunCheckpoint(str(tmp_path), 2), enable_checkpointing=True)
+    keep(max_steps=2)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    with pytest.raises(ValueError, match="trained with seed 0, not 1; accepted: the same seed"):
+        keep(max_steps=4, ckpt_path=last, seed=1)
+    with pytest.raises(ValueError, match=r"the saved state has other parts: .*inner/params/w"):
+        keep(max_steps=4, ckpt_path=last, estimator=Unrolled(warm_start=True))
+
+
+def test_refused_pairs_are_named_before_training(learn):
+    problem, _ = ridge()
+    problem.terminal = False
+    with pytest.raises(ValueError, match="Unrolled cannot be used on Ridge: mixed mode differentiates inner_loss only"):
+        learn(estimator=Unrolled("mixed"), problem=problem)
+
+
+def test_decreases_the_meta_objective(learn):
+    problem, _ = ridge()
+    start = problem.init_meta(None)
+    module = learn(steps=40, max_steps=30)
+    before, after = (
+        float(problem.outer(m, problem.init(m, None)._replace(params={"w": problem.solution(m)}), problem.validation))
+        for m in (start, module.meta)
+    )
+    assert after < before - 1e-4
