@@ -1,5 +1,7 @@
 """The inner loop, the only one in the project: pure steps, batched by ``vmap``, every draw keyed, every batch by reference."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -184,9 +186,21 @@ class Tasks(InnerProblem):
     def __init__(self, problem: InnerProblem, num_tasks: int):
         require_range("num_tasks", num_tasks, 1)
         self.problem, self.num_tasks = problem, num_tasks
-        self.horizon, self.terminal, self.differentiable = problem.horizon, problem.terminal, problem.differentiable
-        self.global_generator = problem.global_generator
+        self.terminal, self.differentiable = problem.terminal, problem.differentiable
         self.rule = TaskBatch(problem.rule) if problem.rule is not None else None
+
+    @property
+    def horizon(self) -> int | None:
+        return self.problem.horizon
+
+    @horizon.setter
+    def horizon(self, steps: int | None) -> None:
+        self.problem.horizon = steps
+
+    @property
+    def global_generator(self) -> bool:
+        """Known when the data are open, and the module with them."""
+        return self.problem.global_generator
 
     @property
     def has_inner_loss(self) -> bool:

@@ -12,21 +12,28 @@ from test_cli import printed
 from metalearn.cli import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-EXPERIMENTS = sorted(CONFIGS.glob("in_context/*.yaml"))
+EXPERIMENTS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "hardware")
 HARDWARE = sorted(CONFIGS.glob("hardware/*.yaml"))
 QUICK = CONFIGS / "in_context" / "quick.yaml"
-SHRUNK = [
+SHORT = [
     *("--trainer.max_steps=2", "--trainer.log_every_n_steps=1", "--trainer.val_check_interval=2"),
     *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.enable_progress_bar=false"),
-    *(
-        "--data.init_args.meta_batch_size=2",
-        "--data.init_args.evaluation_sequences=2",
-        "--model.init_args.compile=false",
-    ),
 ]
+SHRUNK = [
+    *SHORT,
+    *("--data.init_args.meta_batch_size=2", "--data.init_args.evaluation_sequences=2"),
+    "--model.init_args.compile=false",
+]
+SHRUNK_BY_TOPIC = {"in_context": SHRUNK, "meta_gradient": SHORT, "multilevel": SHORT}
 # By experiment. Principal directions of 3072 pixels take seconds for each of four data sets; mnist_small has them too.
-CHEAPER = {"mnist_paper": ("rank: 300", "rank: null")}
-IMAGE_SHAPES = {"mnist": (28, 28), "fashion_mnist": (28, 28), "cifar10": (32, 32, 3)}
+CHEAPER = {
+    "mnist_paper": ("rank: 300", "rank: null"),
+    "data_cleaning": ("evaluation_steps: 500", "evaluation_steps: 5"),
+    "data_cleaning_few": ("evaluation_steps: 1500", "evaluation_steps: 5"),
+}
+IMAGE_SHAPES = {"mnist": (28, 28), "fashion_mnist": (28, 28), "cifar10": (32, 32, 3), "omniglot": (28, 28)}
+CLASSES = {"omniglot": 30}  # else 10
+LABEL = {"omniglot": "character"}  # else label
 
 
 def name(path):
@@ -37,13 +44,14 @@ def name(path):
 def image_sets(tmp_path_factory):
     """A folder as $METALEARN_DATA is: parquet files of noise images under the names of the real data sets."""
     folder, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    features = Features(image=Image(), label=ClassLabel(names=[str(label) for label in range(10)]))
     for dataset, shape in IMAGE_SHAPES.items():
         (folder / dataset).mkdir()
+        classes, label = CLASSES.get(dataset, 10), LABEL.get(dataset, "label")
+        features = Features({"image": Image(), label: ClassLabel(names=[str(c) for c in range(classes)])})
         for split, count in (("train", 1200), ("test", 120)):
             pixels = random.integers(0, 256, (count, *shape), dtype=np.uint8)
             rows = Dataset.from_dict(
-                {"image": list(pixels), "label": [i % 10 for i in range(count)]}, features=features
+                {"image": list(pixels), label: [i % classes for i in range(count)]}, features=features
             )
             rows.to_parquet(folder / dataset / f"{split}-00000-of-00001.parquet")
     return folder
@@ -59,7 +67,8 @@ def local_data(image_sets, tmp_path, monkeypatch):
 def test_experiment_runs_shrunk(config, tmp_path, local_data):
     copy = tmp_path / config.name
     copy.write_text(config.read_text().replace(*CHEAPER.get(config.stem, ("", ""))))
-    assert main(["fit", "-c", str(copy), "--run_dir", str(tmp_path / "run"), *SHRUNK]) == 0
+    shrunk = SHRUNK_BY_TOPIC[config.parent.name]
+    assert main(["fit", "-c", str(copy), "--run_dir", str(tmp_path / "run"), *shrunk]) == 0
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2
     assert all(weight.isfinite().all() for weight in checkpoint["state_dict"].values())

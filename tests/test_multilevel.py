@@ -298,6 +298,32 @@ def test_tops_of_different_pace_step_once_each():
     assert {"slow/loss", "quick/loss", "middle/loss", "low/loss"} <= log.keys()
 
 
+def test_a_level_under_two_paces_sees_a_change_above_it_at_once():
+    """``a`` steps in the third sweep, in the middle of ``middle``'s second window, which four steps of ``p`` prolong."""
+    seen = []
+
+    def watching(nets, batch):
+        seen.append(nets.a.params["x"].detach())
+        return nets.middle.params["x"].square().sum()
+
+    def simple(name, steps=1):
+        return Problem(
+            name,
+            Vector(vector(name)),
+            SGD(0.1),
+            lambda nets, batch: getattr(nets, name).params["x"].square().sum(),
+            unroll_steps=steps,
+        )
+
+    middle = Problem("middle", Vector(vector("middle")), SGD(0.1), watching, unroll_steps=2)
+    others = [simple("a"), simple("b"), simple("p", 4), simple("n", 3), simple("low"), simple("lower")]
+    above = {"p": ["b"], "n": ["a"], "middle": ["a", "p"], "low": ["middle"], "lower": ["n"]}
+    state, _ = (graph := Graph([middle, *others], {}, above)).step(graph.init(KEY), KEY)
+    assert steps_of(state) == {"a": 1, "b": 1, "p": 4, "n": 3, "middle": 8, "low": 8, "lower": 3}
+    moved = state["levels"]["a"].params["x"]
+    assert [torch.equal(x, moved) for x in seen] == [False] * 3 + [True] * 5
+
+
 def test_roll_back_takes_one_step_from_the_start_of_the_window():
     graph = chain(steps=(3, 1), roll_back=True)
     state = graph.init(KEY)
@@ -599,6 +625,10 @@ def test_refuses_problems_that_make_no_sense(options, message):
         (
             lambda: pair(low_estimator=ForwardMode()),
             "low is below the top and has the estimator ForwardMode, which knows no",
+        ),
+        (
+            lambda: pair(None, ConjugateGradient(reuse_solution=True)),
+            "low is below the top and has reuse_solution=True",
         ),
         (
             lambda: chain(top_estimator=ForwardMode()),

@@ -1,6 +1,5 @@
 """Which estimator suits a problem: every one of them against the exact meta-gradient, on a shortened inner run."""
 
-import copy
 import ctypes
 import gc
 import math
@@ -100,8 +99,23 @@ def diagnose(
     """
     require_range("steps", steps, 1)
     require_range("draws", draws, 2)
-    whole, problem = problem.horizon, copy.copy(problem)
-    problem.horizon = None if whole is None else steps
+    whole = problem.horizon
+    try:
+        problem.horizon = None if whole is None else steps
+        return _diagnose(problem, steps, draws, seed, estimators, device, whole or steps)
+    finally:
+        problem.horizon = whole
+
+
+def _diagnose(
+    problem: InnerProblem,
+    steps: int,
+    draws: int,
+    seed: int,
+    estimators: dict[str, Estimator] | None,
+    device: torch.device | str,
+    whole: int,
+) -> Diagnosis:
     meta = problem.init_meta(random.key(seed, "meta", device=device))
     keys = [random.key(seed, "diagnose", draw, device=device) for draw in range(draws)]
     windows = [Draw(key, problem.batches(random.fold(key, "data"), steps), None) for key in keys]
@@ -110,7 +124,7 @@ def diagnose(
     estimators = estimators or candidates(int(facts["meta_parameters"]), steps)
     rows = [{"estimator": name} | _row(problem, meta, windows, each) for name, each in estimators.items()]
     table = pd.DataFrame(rows, columns=pd.Index(COLUMNS))
-    return Diagnosis(table, facts, advice(table, facts, problem, whole or steps))
+    return Diagnosis(table, facts, advice(table, facts, problem, whole))
 
 
 def _facts(problem: InnerProblem, meta: Params, draw: Draw) -> dict[str, float]:

@@ -78,7 +78,7 @@ def plot_meta_training(points: Iterable[Point], ax: Axes, target: float | None =
 
 
 def save_meta_training(
-    points: Iterable[Point], path: str | Path, target: float | None = None, log: bool = True, limit: float | None = None
+    points: Iterable[Point], path: str | Path, target: float | None = None, log: bool = True
 ) -> None:
     """Write the figure of ``plot_meta_training`` to ``path``; its suffix is the format, ``.png`` or ``.pdf``.
 
@@ -87,12 +87,9 @@ def save_meta_training(
         path: of the file; its folder is made.
         target: as in ``plot_meta_training``.
         log: as in ``plot_meta_training``.
-        limit: the top of the vertical axis, for methods that diverge.
     """
     figure = Figure(figsize=(6.0, 4.2), layout="constrained")
     ax = plot_meta_training(points, figure.subplots(), target, log)
-    if limit is not None:
-        ax.set_ylim(top=limit)
     handles, labels = ax.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

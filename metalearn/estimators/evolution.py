@@ -226,8 +226,7 @@ class Evolution(Estimator):
 
     def _perturbed(self, window: _Window, direction_NP: Tensor) -> Params:
         """theta + sign epsilon: leaves (N, runs, …)."""
-        signs_S1 = direction_NP.new_tensor(self.signs)[:, None]
-        return window.place(window.center_P + signs_S1 * direction_NP[:, None])
+        return window.place(torch.stack([window.center_P + sign * direction_NP for sign in self.signs], 1))
 
     # -- the state --
 

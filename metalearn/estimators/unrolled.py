@@ -1,5 +1,7 @@
 """Backpropagation through the inner run: exact for its K steps, in four ways that differ in memory and time."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -62,7 +64,7 @@ class Unrolled(Responsive):
         warm_start: as in ``Windowed``; then differentiation stops at the window's start (truncated backpropagation
             where an episode has several windows).
         compile: whether ``torch.compile`` fuses a step and its products, in mode "mixed" only: a minute at the first
-            estimate, and again for every new shape.
+            estimate, and again for every new shape. What it cannot trace is an error, batch norm for one.
 
     Source: Franceschi et al. 2017, "Forward and Reverse Gradient-Based Hyperparameter Optimization", algorithm 1;
     "checkpoint" Griewank and Walther 2000; "mixed" Kemaev et al. 2025, "Scalable Meta-Learning via Mixed-Mode
@@ -80,8 +82,8 @@ class Unrolled(Responsive):
         if compile:
             require_choice("mode with compile", mode, ("mixed",))
         self.mode, self.truncate, self.compile = mode, truncate, compile
-        self._descend = torch.compile(_descend) if compile else _descend
-        self._pull = torch.compile(_pull_mixed) if compile else _pull_mixed
+        self._descend = torch.compile(_descend, fullgraph=True, dynamic=False) if compile else _descend
+        self._pull = torch.compile(_pull_mixed, fullgraph=True, dynamic=False) if compile else _pull_mixed
 
     def refusal(self, problem: InnerProblem) -> str | None:
         if (reason := super().refusal(problem)) or self.mode != "mixed":
@@ -261,22 +263,34 @@ def _pull_mixed(
     by_next: list[Tensor],
 ) -> tuple[Params, list[Tensor]]:
     """One step's vector-Jacobian product: first through the rule, then through the gradient it was given."""
-    by_state = tree.split(state)[1](by_next)
+    by_state = _filled(state, by_next)
     by_grads, by_rule = _pull_rule(problem, meta, state, grads, by_state)
-    extra, merge = tree.split(state.extra)
 
     def slope(params: Params, meta: Params, extra: list[Tensor]) -> Tensor:
         def loss(params: Params) -> Tensor:
-            inner = state._replace(params=params, extra=merge(extra))
+            inner = state._replace(params=params, extra=_filled(state.extra, extra))
             return problem.inner_loss(meta, inner, batch, key)[0]
 
         return jvp(loss, (params,), (by_grads,))[1]
 
-    along_params, along_meta, along_extra = grad(slope, argnums=(0, 1, 2))(state.params, meta, extra)
-    by_extra = [leaf + more for leaf, more in zip(tree.split(by_state.extra)[0], along_extra, strict=True)]
+    arguments = state.params, meta, _floats(state.extra)
+    along_params, along_meta, along_extra = _gradient(slope, arguments)
+    by_extra = [leaf + more for leaf, more in zip(_floats(by_state.extra), along_extra, strict=True)]
     by_params = tree.add(by_rule.params, along_params)
-    pulled = by_state._replace(params=by_params, rule=by_rule.rule, extra=merge(by_extra))
-    return tree.add(by_rule.meta, along_meta), tree.split(pulled)[0]
+    pulled = by_state._replace(params=by_params, rule=by_rule.rule, extra=_filled(state.extra, by_extra))
+    return tree.add(by_rule.meta, along_meta), _floats(pulled)
+
+
+def _gradient(function: Callable[..., Tensor], arguments: tuple[Params, Params, list[Tensor]]) -> Any:
+    """By all three arguments, in their shape."""
+    if torch.compiler.is_compiling():
+        return grad(function, argnums=(0, 1, 2))(*arguments)
+    # ``torch.func.grad`` would keep the graph until the end, where it is freed here as it is walked.
+    with torch.enable_grad():
+        floats, merge = tree.split(arguments)
+        floats = [leaf.detach().requires_grad_() for leaf in floats]
+        value = function(*merge(floats))
+    return merge(gradients([value], floats))
 
 
 class _ByRule(NamedTuple):
@@ -291,12 +305,25 @@ def _pull_rule(
     """Cotangents of what the rule was given: the gradient, and meta-parameters, parameters and its own state."""
     rule = problem.rule
     assert rule is not None
-    floats, merge = tree.split(_ByRule(meta, state.params, state.rule))
+    arguments = _ByRule(meta, state.params, state.rule)
 
-    def update(grads: Params, floats: list[Tensor]) -> list[Tensor]:
-        given = merge(floats)
-        return tree.split(rule.update(problem.rule_meta(given.meta), grads, given.rule, given.params))[0]
+    def apply(grads: Params, floats: list[Tensor]) -> list[Tensor]:
+        given = _filled(arguments, floats)
+        return _floats(rule.update(problem.rule_meta(given.meta), grads, given.rule, given.params))
 
-    by_after = tree.split((by_state.params, by_state.rule))[0]
-    by_grads, by_given = vjp(update, grads, floats)[1](by_after)
-    return by_grads, merge(by_given)
+    by_after = _floats((by_state.params, by_state.rule))
+    by_grads, by_given = vjp(apply, grads, _floats(arguments))[1](by_after)
+    return by_grads, _filled(arguments, by_given)
+
+
+# What ``tree.split`` does, in a form that ``torch.compile`` can follow.
+
+
+def _floats(of: Tree) -> list[Tensor]:
+    return [leaf for leaf in tree.leaves(of) if tree.is_floating(leaf)]
+
+
+def _filled(like: Tree, floats: list[Tensor]) -> Tree:
+    """``like`` with other floating-point leaves."""
+    others = iter(floats)
+    return tree.map(lambda leaf: next(others) if tree.is_floating(leaf) else leaf, like)

@@ -106,7 +106,9 @@ class FewShot(TrainingRun):
         return self.initial(key)[0]
 
     def init(self, meta: Params, key: Tensor) -> InnerState:
-        return self.start(meta, dict(meta), self.initial(key)[1])
+        # Nothing is drawn: estimators differentiate through the start, which is the meta-parameters themselves.
+        buffers = {name: value.detach().clone().to(key.device) for name, value in self.module.named_buffers()}
+        return self.start(meta, dict(meta), buffers)
 
     def inner_loss(self, meta: Params, state: InnerState, batch: Any, key: Tensor) -> tuple[Tensor, Params]:
         loss, buffers = super().inner_loss(meta, state, batch, key)

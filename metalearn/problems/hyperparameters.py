@@ -49,6 +49,11 @@ class Ridge(Descent):
     def batches(self, key: Tensor, steps: int) -> Batches:
         return Batches(lambda k: self.train, self.validation, steps)
 
+    def evaluate(self, meta: Params, key: Tensor, *, test: bool) -> dict[str, float]:
+        """``outer`` at the solution, and the norm of the hypergradient there, which is 0 at the best penalties."""
+        slope = self.hypergradient(meta)["log_penalty"]
+        return {"loss": float(_half_square(self.validation, self.solution(meta))), "slope": float(slope.norm())}
+
     def solution(self, meta: Params) -> Tensor:
         """w* (D,)."""
         x, y = self.train

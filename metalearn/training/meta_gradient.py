@@ -169,7 +169,12 @@ class MetaGradientLearning(Evaluated):
             self.log("train/loss", found.loss.detach().float().cpu(), prog_bar=True)
             numbers = {name: value.detach().float().cpu() for name, value in found.diagnostics.items()}
             self.log_dict({f"train/{name}": value for name, value in numbers.items()})
-            self.log("train/grad_norm", tree.norm(found.grad).float().cpu())
+            self.log("train/grad_norm", norm := tree.norm(found.grad).float().cpu())
+            if not norm.isfinite():
+                raise ValueError(
+                    f"the meta-gradient of step {batch} is {float(norm)}: the inner run diverges, or its derivative does; "
+                    "accepted: a smaller inner learning rate, a shorter window, or an estimator that smooths"
+                )
         assert self.meta_parameters is not None
         terms = [(value * found.grad[_given(name)]).sum() for name, value in self.meta_parameters.items()]
         return torch.stack(terms).sum()

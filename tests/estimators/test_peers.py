@@ -115,7 +115,7 @@ def ridge_by_torchopt(x, y, steps):
 def test_memory_is_flat_over_200_outer_steps(mode):
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(8, 3, generator=generator), torch.randn(8, generator=generator)
-    problem = Ridge(x, y, x, y, Adam(0.05))
+    problem = Ridge(x, y, x, y, SGD(0.05, momentum=0.9))
     estimator, meta = Unrolled(mode, warm_start=True), problem.init_meta(KEY)
     state, counts = estimator.init(problem, meta, KEY), []
     batches = problem.batches(KEY, 2)

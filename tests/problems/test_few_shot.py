@@ -28,6 +28,20 @@ def test_matches_maml_by_hand():
         torch.testing.assert_close(found.grad[name], leaf.grad, rtol=1e-10, atol=1e-12)
 
 
+def test_forward_mode_matches_reverse_mode():
+    problem = opened(few_shot())
+    meta, key = problem.init_meta(random.key(0)), random.key(2)
+    direction = {n: random.normal(random.key(1, n), tuple(v.shape)).double() for n, v in meta.items()}
+    batches = problem.batches(key, 3)
+
+    def objective(meta):
+        end = unroll(problem, meta, problem.init(meta, key), batches, key).end
+        return problem.outer(meta, end, batches.outer)
+
+    _, slope = torch.func.jvp(objective, (meta,), (direction,))
+    torch.testing.assert_close(slope, tree.dot(estimate(problem, meta, 3, key=key).grad, direction))
+
+
 def through_tasks(problem, meta, key):
     """The meta-gradient of one batch of tasks, by one graph."""
     batches = problem.batches(key, problem.horizon)

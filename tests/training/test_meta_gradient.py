@@ -105,3 +105,9 @@ def test_decreases_the_meta_objective(learn):
         for m in (start, module.meta)
     )
     assert after < before - 1e-4
+
+
+def test_a_diverging_inner_run_is_told(learn):
+    problem, _ = ridge(lr=1e3)
+    with pytest.raises(ValueError, match="the meta-gradient of step 0 is (nan|inf): the inner run diverges"):
+        learn(problem=problem, steps=200, max_steps=2, log_every_n_steps=1)
