@@ -33,21 +33,26 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 import metalearn.estimators.evolution
 import metalearn.estimators.forward
 import metalearn.estimators.implicit
+import metalearn.estimators.recurrent
 import metalearn.estimators.unrolled
 import metalearn.models.recurrent
 import metalearn.models.transformer
 import metalearn.models.vision
+import metalearn.multilevel.reweighting
 import metalearn.optim.first_order
 import metalearn.problems.data_weights
 import metalearn.problems.distillation
+import metalearn.problems.few_shot
 import metalearn.problems.hyperparameters
+import metalearn.problems.schedules
 import metalearn.problems.toys
 import metalearn.tasks.images
 import metalearn.tasks.sources
 import metalearn.tasks.synthetic
 import metalearn.training.data
 import metalearn.training.in_context
-import metalearn.training.meta_gradient  # noqa: F401
+import metalearn.training.meta_gradient
+import metalearn.training.multilevel  # noqa: F401
 from metalearn.base import require_choice
 from metalearn.training.callbacks import Budget, RunCheckpoint
 from metalearn.training.meta_gradient import Evaluated, MetaGradientLearning
@@ -75,6 +80,7 @@ _EXPECTED_WARNINGS = (
     ".*does not have many workers which may be a bottleneck",  # loaders carry requests, not data
     "Checkpoint directory .* exists and is not empty",  # every resume
     "The dirpath has changed from",  # evaluation, or a start from another run's checkpoint
+    "It is recommended to use `self.log.* sync_dist=True`",  # every rank evaluates the same
     "You're resuming from a checkpoint that ended before the epoch ended",  # streams start at the step, whatever the epoch
 )
 

@@ -5,5 +5,6 @@
 
 from metalearn.multilevel.graph import Graph
 from metalearn.multilevel.problem import Net, Nets, Problem
+from metalearn.multilevel.program import Program
 
-__all__ = ["Graph", "Net", "Nets", "Problem"]
+__all__ = ["Graph", "Net", "Nets", "Problem", "Program"]

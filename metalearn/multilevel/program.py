@@ -29,4 +29,7 @@ class Program(ABC):
 
     @abstractmethod
     def evaluate(self, state: Tree, key: Tensor, *, test: bool) -> dict[str, float]:
-        """What a user wants to know of a state of the graph, by name; with ``test``, on the data of the final test."""
+        """What a user wants to know of a state of the graph, by name; with ``test``, on the data of the final test.
+
+        The key is that of the run's ``Graph.init``, so that other runs can be given the same start.
+        """

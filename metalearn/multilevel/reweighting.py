@@ -198,7 +198,7 @@ class Reweighting(Program):
         class and of the rarest.
         """
         scored = "test" if test else "validation"
-        found = {"accuracy": self._accuracy(self.classifier(scored), state)}
+        found = {"accuracy": self.accuracy(state, scored)}
         steps = int(state["levels"]["classifier"].step)
         found["accuracy_plain"] = self.without_weights(LONG_TAIL, scored, steps, key)
         found["accuracy_plain_with_clean"] = self.without_weights(BOTH, scored, steps, key)
@@ -206,15 +206,15 @@ class Reweighting(Program):
 
     def without_weights(self, part: str, scored: str, steps: int, key: Tensor) -> float:
         """Accuracy of a classifier after ``steps`` steps on a part with equal weights."""
-        problem = self.classifier(scored, weighted=False, part=part)
-        graph = Graph([problem], {}, {})
+        graph = Graph([self.classifier(scored, weighted=False, part=part)], {}, {})
         state = graph.init(key)
         for _ in range(steps):
             state, _ = graph.step(state, key)
-        return self._accuracy(problem, state)
+        return self.accuracy(state, scored)
 
-    def _accuracy(self, problem: Problem, state: Tree) -> float:
-        graph = Graph([problem], {}, {})
+    def accuracy(self, state: Tree, scored: str) -> float:
+        """Of the classifier on a part, as the mean over classes."""
+        graph = Graph([self.classifier(scored, weighted=False)], {}, {})
         return graph.validate(state)["classifier/accuracy"]
 
     def _mean_weights(self, state: Tree) -> dict[str, float]:

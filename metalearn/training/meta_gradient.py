@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -129,6 +130,11 @@ class MetaGradientLearning(Evaluated):
         if reason := self.estimator.refusal(self.problem):
             raise ValueError(
                 f"{type(self.estimator).__name__} cannot be used on {type(self.problem).__name__}: {reason}"
+            )
+        if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ValueError(
+                f"trainer.strategy is {type(self.trainer.strategy).__name__}, which shards parameters; accepted: auto, ddp "
+                "(inner runs are functional calls, which see no shards, and forward mode has no rule for them)"
             )
         divided = self.problem if self.estimator.shards == "outer" else self.estimator
         divided.rank, divided.world = self.trainer.global_rank, self.trainer.world_size

@@ -151,7 +151,7 @@ class MultilevelLearning(Evaluated):
         with torch.inference_mode(False), torch.no_grad():  # programs train other runs to compare with
             state = tree.map(torch.clone, self.state)
             if isinstance(self.program, Program):
-                key = self._key("evaluate").to(self.device)
+                key = self._key("init").to(self.device)
                 self.report(stage, self.program.evaluate(state, key, test=stage == "test"))
             else:
                 self.report(stage, self.graph.validate(state))
@@ -165,7 +165,7 @@ class MultilevelLearning(Evaluated):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved, own = checkpoint.get("program", {}), self._card()
         for name in own:
-            if saved.get(name) != own[name]:
+            if saved.get(name) != own[name] and (self.trainer.state.fn == "fit" or name == "program"):
                 raise ValueError(
                     f"the checkpoint was trained with {name} {saved.get(name)}, not {own[name]}; accepted: the same "
                     f"{name}, or another --run_dir"

@@ -34,7 +34,8 @@ def trial(problem, name, budget, clock="wall"):
 # -- condensation --------------------------------------------------------------------------------------------------
 
 
-def test_condensation_smoke_makes_a_row_per_method_and_goes_on_where_it_stopped(tmp_path, capsys):
+def test_condensation_smoke_makes_a_row_per_method_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(condensation, "FRESH", 2)
     command = ["--smoke", "--seeds", "2", "--directions", "2", "--out", str(tmp_path)]
     condensation.main(command)
     file = tmp_path / "trials.jsonl"

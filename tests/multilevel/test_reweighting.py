@@ -159,7 +159,7 @@ def test_baselines_match_training_without_weights():
 
 def test_test_data_are_sealed_until_opened():
     made = make()
-    with pytest.raises(ValueError, match="part is 'test'; accepted: .*after open\\(test=True\\)"):
+    with pytest.raises(ValueError, match=r"part is 'test'; accepted: .*after open\(test=True\)"):
         made.examples("test", "cpu")
     made.open(test=True)
     assert len(made.examples("test", "cpu").targets) == 90

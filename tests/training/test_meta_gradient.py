@@ -1,11 +1,13 @@
 """The Lightning side of meta-gradients: what the Trainer does to an estimate, and runs that stop and go on."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from estimators.conftest import ridge
 from pytorch_lightning import Callback
+from pytorch_lightning.strategies import FSDPStrategy
 
 from metalearn.estimators.unrolled import Unrolled
 from metalearn.training.callbacks import RunCheckpoint
@@ -111,3 +113,10 @@ def test_a_diverging_inner_run_is_told(learn):
     problem, _ = ridge(lr=1e3)
     with pytest.raises(ValueError, match="the meta-gradient of step 0 is (nan|inf): the inner run diverges"):
         learn(problem=problem, steps=200, max_steps=2, log_every_n_steps=1)
+
+
+def test_sharded_parameters_are_refused(learn):
+    module = MetaGradientLearning(ridge()[0], Unrolled(), 5, SGD)
+    module.trainer = SimpleNamespace(strategy=FSDPStrategy(), _results=None)
+    with pytest.raises(ValueError, match=r"trainer.strategy is FSDPStrategy, which shards parameters; accepted: auto, ddp"):
+        module.setup("fit")

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import EarlyStopping
 from torch import Tensor, nn
 
 from metalearn import random, tree
@@ -97,6 +98,12 @@ def test_steps_are_counted_for_budget_and_validation(learn):
     params = module.state["levels"]["lower"].params
     wanted = (params["value"] - 1).square().sum()
     torch.testing.assert_close(module.trainer.callback_metrics["validation/upper/loss"].double(), wanted)
+
+
+def test_stops_early_by_what_the_problems_validate(learn):
+    options = {"limit_val_batches": None, "val_check_interval": 1, "check_val_every_n_epoch": None, "max_steps": 9}
+    early = EarlyStopping("validation/upper/loss", mode="max", patience=2)  # the loss falls: twice in vain
+    assert learn(early, **options).trainer.global_step == 3
 
 
 def test_decreases_the_loss_of_the_top(learn):
