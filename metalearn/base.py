@@ -150,8 +150,11 @@ class Rule(ABC):
     """An optimizer as a pure, differentiable function. Trees in, trees out; no argument is changed.
 
     ``meta`` holds hyper-parameters (or the weights of a learned rule) by name, each a tensor to differentiate by; what
-    it lacks is taken from the rule's own settings, so that ``{}`` is always accepted.
+    it lacks is taken from the rule's own settings, so that ``{}`` is always accepted; ``init`` and ``update`` are
+    given the same names.
     """
+
+    needs_loss: bool = False  # whether ``update`` makes use of ``loss``
 
     @abstractmethod
     def init(self, meta: Params, params: Params) -> Tree:
@@ -243,8 +246,11 @@ class InnerProblem(ABC):
         return
 
     def record(self) -> dict[str, Any]:
-        """What checkpoints say of the data, in builtins: at least ``fingerprint``, a hash by data set."""
-        return {"fingerprint": {}}
+        """What checkpoints say of the data, in builtins: ``fingerprint``, a hash by data set, and ``division``.
+
+        The latter holds the settings that say which examples are for what; no checkpoint is used under others.
+        """
+        return {"fingerprint": {}, "division": {}}
 
     def batches(self, key: Tensor, steps: int) -> Batches:
         """The data of a window; of outer examples, ``rank``'s equal share of a draw that all ranks agree on."""
@@ -282,6 +288,9 @@ class Estimator(ABC):
     shards: str = "outer"
     rank: int = 0
     world: int = 1
+    reduce: Callable[[Params], Params] | None = (
+        None  # mean over ranks that divide outer examples; None where there is one
+    )
 
     @abstractmethod
     def refusal(self, problem: InnerProblem) -> str | None:

@@ -1,4 +1,4 @@
-"""The command line: ``metalearn fit|validate|test -c config.yaml --run_dir runs/x --ckpt_path last`` and ``metalearn compare``."""
+"""The command line: ``metalearn fit|validate|test -c config.yaml --run_dir runs/x --ckpt_path last``, ``diagnose``, ``compare``."""
 
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 # (The Trainer sets many of its attributes where no type checker sees them, and re-exports names without saying so.)
@@ -44,6 +44,7 @@ import metalearn.problems.data_weights
 import metalearn.problems.distillation
 import metalearn.problems.few_shot
 import metalearn.problems.hyperparameters
+import metalearn.problems.opaque
 import metalearn.problems.schedules
 import metalearn.problems.toys
 import metalearn.tasks.images
@@ -65,7 +66,7 @@ HELP = """usage: metalearn COMMAND ...
   validate  evaluate a run on meta-validation tasks (same arguments); writes validation.csv and validation.png, or
   validation.json, into the run folder
   test      evaluate a run on meta-test tasks (same arguments); writes test.csv and test.png, or test.json
-  diagnose  every estimator of meta-gradients on a config's own problem, at a shortened horizon, and what follows:
+  diagnose  a dozen estimators of meta-gradients on a config's own problem, at a shortened horizon, and what follows:
   metalearn diagnose -c configs/meta_gradient/data_cleaning.yaml
   compare   paired statistics over runs:  metalearn compare runs/a runs/b --metric NAME
 
@@ -135,12 +136,13 @@ def _compare(arguments: list[str]) -> None:
 def _diagnose(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="metalearn diagnose",
-        description="Bias, variance, cosine to the exact meta-gradient, time and memory of every estimator on the problem "
-        "of a config, and advice. Other arguments are those of 'metalearn fit'.",
+        description="Bias, deviation, cosine to the exact meta-gradient, time and memory of the configured estimator and of a "
+        "dozen others on the problem of a config, and advice. Other arguments are those of 'metalearn fit'.",
         allow_abbrev=False,
     )
     parser.add_argument("--steps", type=int, help="inner steps of a window; default: the config's, at most 20")
     parser.add_argument("--draws", type=int, default=4, help="windows, at least 2")
+    parser.add_argument("--device", default="cpu", help="where to compute, as cuda")
     options, rest = parser.parse_known_args(arguments)
     _run_lightning(["fit", *rest], partial(DiagnoseCLI, options))
 
@@ -306,8 +308,10 @@ class DiagnoseCLI(MetalearnCLI):
                 f"the model is {type(self.model).__name__}; accepted for diagnose: a config of MetaGradientLearning"
             )
         self.model.problem.open(test=False)
-        steps = self.options.steps or min(self.model.steps, 20)
-        found = diagnose(self.model.problem, steps, self.options.draws, self.datamodule.seed or 0)
+        steps = min(self.model.steps, 20) if self.options.steps is None else self.options.steps
+        own, device = {"as configured": self.model.estimator}, self.options.device
+        seed = self.datamodule.seed or 0
+        found = diagnose(self.model.problem, steps, self.options.draws, seed, configured=own, device=device)
         print(format_table(found.table))
         print("\n" + ", ".join(f"{name} {value:g}" for name, value in found.facts.items()))
         print("\n".join(f"- {sentence}" for sentence in found.advice))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from metalearn.base import Params, Tree
@@ -91,16 +92,6 @@ def index(tree: Tree, chosen: Any) -> Tree:
     return map(lambda leaf: leaf[chosen], tree)
 
 
-def where(mask_N: Tensor, new: Tree, old: Tree) -> Tree:
-    """Along the first axis: ``new`` where the mask is true, else ``old``."""
-    return map(lambda a, b: torch.where(mask_N.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
-
-
-def is_finite(tree: Tree) -> Tensor:
-    """Whether every entry of every floating-point leaf is finite: bool ()."""
-    return torch.stack([leaf.isfinite().all() for leaf in leaves(tree) if is_floating(leaf)]).all()
-
-
 def pack(tree: Tree) -> dict[str, Tensor]:
     """The leaves by path ("inner/params/0.weight"), as checkpoints hold them."""
     return {_path(place): leaf for place, leaf in pytree.tree_flatten_with_path(tree)[0]}
@@ -129,6 +120,20 @@ def devices(tensor: Tensor) -> list[torch.device]:
     return [tensor.device] if tensor.is_cuda else []
 
 
+def draws(module: nn.Module) -> bool:
+    """Whether a module in training mode draws from torch's global generator.
+
+    What draws is dropout, by itself or within attention, transformer layers and recurrent cells, and RReLU; in parts that
+    are in evaluation mode nothing does. A module of one's own is known by its submodules, or by a rate called ``dropout``.
+    """
+    return any(_draws(part) for part in module.modules() if part.training)
+
+
+def _draws(part: nn.Module) -> bool:
+    rate = part.p if isinstance(part, _DropoutNd) else getattr(part, "dropout", 0.0)
+    return isinstance(part, nn.RReLU) or (isinstance(rate, float | int) and rate > 0)
+
+
 def call(module: nn.Module, params: Params, buffers: Params, *inputs: Any) -> tuple[Any, Params]:
     """The module's output with these parameters and buffers, and the buffers after; nothing that is passed is changed.
 
@@ -154,7 +159,12 @@ def _batch_norm(
     """``functional.batch_norm`` in elementary operations.
 
     torch 2.13's own has a wrong second derivative under ``vmap``, without saying so, and no forward mode of its gradient.
+
+    Raises:
+        ValueError: in training, one value per channel, which has no variance.
     """
+    if training and x.numel() == x.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     axes = [axis for axis in range(x.ndim) if axis != 1]
     shape = [1, -1] + [1] * (x.ndim - 2)
     mean, var = running_mean, running_var

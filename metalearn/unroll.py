@@ -90,7 +90,13 @@ def unroll(
     for k in range(batches.steps):
         if keep(k):
             states[k] = state
+        generator = None if k or problem.global_generator else torch.random.get_rng_state()
         state, output = step(problem, meta, state, batches, key, k)
+        if generator is not None and not torch.equal(generator, torch.random.get_rng_state()):
+            raise ValueError(
+                f"a step of {type(problem).__name__} draws from torch's global generator, so that it cannot be taken again; "
+                "accepted: global_generator = True, or draws from its key"
+            )
         loss, done = loss + output.loss, output.done
     return Window(meta, states | {batches.steps: state}, loss, bool(done), batches, key)
 
@@ -158,7 +164,7 @@ class TaskBatch(Rule):
     """A rule applied to each of several runs by itself: every leaf has a first axis of runs, but for ``meta``."""
 
     def __init__(self, rule: Rule):
-        self.rule = rule
+        self.rule, self.needs_loss = rule, rule.needs_loss
 
     def init(self, meta: Params, params: Params) -> Tree:
         return vmap(self.rule.init, in_dims=(None, 0))(meta, params)

@@ -13,6 +13,7 @@ from metalearn.analysis.runs import read_metrics
 from metalearn.cli import main
 
 SCHEDULE, WEIGHTS = HERE / "training" / "tiny_schedule.yaml", HERE / "training" / "tiny_weights.yaml"
+REWEIGHTING = HERE.parent / "configs" / "multilevel" / "reweighting.yaml"
 ESTIMATOR = "model.init_args.estimator"
 # Each family on a problem that it is for. Directions and pairs are a multiple of two ranks.
 FAMILIES = {
@@ -22,6 +23,15 @@ FAMILIES = {
     "zeroth": (WEIGHTS, "ZerothOrder", {"directions": 4, "chunk": 1}),
     "recurrent": (SCHEDULE, "UnbiasedOnlineRecurrent", {}),
     "noise": (SCHEDULE, "NoiseReuseES", {"pairs": 4, "std": 0.3}),
+    "phases": (
+        WEIGHTS,
+        "TwoPhase",
+        {
+            "first": {"class_path": "Neumann", "init_args": {"terms": 2}},
+            "second": {"class_path": "ForwardGradient", "init_args": {"directions": 4, "warm_start": True}},
+            "switch": 3,
+        },
+    ),
 }
 
 
@@ -63,6 +73,19 @@ def assert_two_ranks_equal_one(config, tmp_path):
 
 def test_killed_run_resumes_bit_equal(tmp_path):
     assert_killed_run_resumes(SCHEDULE, tmp_path)
+
+
+def test_killed_program_of_two_levels_resumes_bit_equal(tmp_path):
+    short = ("--trainer.max_steps", 6, "--checkpoint.every_n_train_steps", 2, "--trainer.accelerator", "cpu")
+    killed = start(REWEIGHTING, tmp_path / "killed", *short, *signalled(3, signal.SIGKILL))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert last(tmp_path / "killed")["global_step"] == 2
+    quick = (*short, "--trainer.limit_val_batches", 0)
+    assert fit(REWEIGHTING, tmp_path / "killed", *quick) == fit(REWEIGHTING, tmp_path / "whole", *quick) == 0
+    ours, theirs = last(tmp_path / "killed"), last(tmp_path / "whole")
+    for part in ("state_dict", "levels"):
+        torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
+    assert ours["global_step"] == 6
 
 
 def test_two_ranks_equal_one(tmp_path):

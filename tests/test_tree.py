@@ -48,11 +48,6 @@ def test_unpack_names_what_differs():
         tree.unpack(state(), packed | {"params/b": torch.zeros(5)})
 
 
-def test_where_selects_by_the_first_axis():
-    new, old = {"a": torch.ones(2, 3)}, {"a": torch.zeros(2, 3)}
-    assert tree.where(torch.tensor([True, False]), new, old)["a"].tolist() == [[1, 1, 1], [0, 0, 0]]
-
-
 def test_call_matches_the_module_and_changes_nothing():
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     params, buffers = dict(module.named_parameters()), dict(module.named_buffers())
@@ -62,6 +57,55 @@ def test_call_matches_the_module_and_changes_nothing():
     torch.testing.assert_close(buffers, before, rtol=0, atol=0)
     torch.testing.assert_close(module(x), output)
     torch.testing.assert_close(dict(module.named_buffers()), after)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (1, 4, 1)])
+def test_batch_norm_of_one_value_per_channel_matches_torchs_refusal(shape):
+    for module in (nn.BatchNorm1d(4), nn.BatchNorm1d(4, track_running_stats=False)):
+        with pytest.raises(ValueError) as wanted:
+            module(torch.ones(shape))
+        with pytest.raises(ValueError) as found:
+            tree.call(module, dict(module.named_parameters()), dict(module.named_buffers()), torch.ones(shape))
+        assert str(found.value) == str(wanted.value)
+    module = nn.BatchNorm1d(4).eval()
+    found, _ = tree.call(module, dict(module.named_parameters()), dict(module.named_buffers()), torch.ones(shape))
+    torch.testing.assert_close(found, module(torch.ones(shape)))
+
+
+class Attention(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x)[0]
+
+
+X = torch.ones(3, 2, 4)
+MODULES = {
+    **{f"{kind.__name__} {rate}": (kind(rate), X) for kind in (nn.Dropout, nn.AlphaDropout) for rate in (0.0, 0.5)},
+    **{f"attention {rate}": (Attention(4, 2, dropout=rate), X) for rate in (0.0, 0.5)},
+    **{f"encoder {rate}": (nn.TransformerEncoderLayer(4, 2, dropout=rate), X) for rate in (0.0, 0.5)},
+    **{
+        f"{kind.__name__} {rate}": (kind(4, 4, 2, dropout=rate), X) for kind in (nn.LSTM, nn.GRU) for rate in (0.0, 0.5)
+    },
+    "Dropout1d": (nn.Dropout1d(0.5), X),
+    "RReLU": (nn.RReLU(), -X),
+    "nested": (nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Tanh(), nn.Dropout(0.1))), X),
+    "none": (nn.Sequential(nn.Linear(4, 4), nn.LeakyReLU(), nn.LayerNorm(4)), X),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", MODULES)
+def test_draws_matches_what_a_call_does_to_the_global_generator(name, training):
+    module, x = MODULES[name]
+    module.train(training)
+    before = torch.get_rng_state()
+    module(x)
+    assert tree.draws(module) == (not torch.equal(torch.get_rng_state(), before))
+
+
+def test_draws_knows_parts_in_training_mode_alone():
+    module = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4))
+    module[0].eval()
+    assert not tree.draws(module) and tree.draws(module.train())
 
 
 def test_initialise_is_a_function_of_the_key_alone():

@@ -144,3 +144,36 @@ def test_a_warm_started_run_goes_on_and_begins_anew_when_its_episode_ends():
         state = found.state
         steps.append((int(state["inner"].step), bool(state["done"]), bool(found.grad["log_penalty"].any())))
     assert steps == [(2, False, False), (4, True, True), (2, False, False), (4, True, True)]
+
+
+class Undeclared(Regression):
+    def __init__(self):
+        super().__init__(SGD(0.1))
+        self.global_generator = False
+
+
+def test_undeclared_draws_are_refused():
+    problem = Undeclared()
+    with pytest.raises(ValueError, match="a step of Undeclared draws from torch's global generator"):
+        estimate(Unrolled(), problem, problem.init_meta(key(0)), steps=2)
+
+
+class Tracked(Regression):
+    """Every step's loss counts, and the objective is not terminal."""
+
+    terminal = False
+
+    def step(self, meta, state, batch, key):
+        state, output = super().step(meta, state, batch, key)
+        return state, output._replace(loss=self.inner_loss(meta, state, batch, key)[0])
+
+
+@pytest.mark.parametrize("truncate", [None, 2])
+def test_losses_of_steps_count_from_the_first_differentiated_one(truncate):
+    problem = Tracked(SGD(0.1, momentum=0.9), dropout=0.0)
+    meta = problem.init_meta(key(0))
+    whole, stored, kept = (
+        estimate(Unrolled(mode, truncate), problem, meta, steps=5).grad for mode in ("graph", "store", "checkpoint")
+    )
+    assert max(relative(stored, whole), relative(kept, whole)) <= 1e-12
+    assert relative(estimate(Unrolled("graph", 5), problem, meta, steps=5).grad, whole) > (0.1 if truncate else -1)

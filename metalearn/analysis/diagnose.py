@@ -19,7 +19,7 @@ from torch.func import jvp
 
 from metalearn import random, tree
 from metalearn.base import Batches, Estimator, InnerProblem, Params, require_range
-from metalearn.estimators.evolution import FullES
+from metalearn.estimators.evolution import FullES, PersistentES
 from metalearn.estimators.forward import ForwardGradient, ForwardMode, ZerothOrder
 from metalearn.estimators.implicit import SAMA, ConjugateGradient, FiniteDifference, Identity, Neumann, Nystrom
 from metalearn.estimators.unrolled import Unrolled
@@ -34,8 +34,12 @@ GOOD = 0.95
 COLUMNS = ["estimator", "cosine", "bias", "deviation", "seconds", "peak_mib", "remark"]
 
 
-def candidates(num_meta: int, steps: int) -> dict[str, Estimator]:
-    """The estimators that are compared by default, by name."""
+def candidates(num_meta: int, steps: int, differentiable: bool) -> dict[str, Estimator]:
+    """The estimators that are compared by default, by name: those that look at one window from its start.
+
+    A window that is a whole episode is the same to GPES, NRES and truncated ES as to PES, and online ones (RTRL, UORO)
+    differ from forward mode only where meta changes meanwhile.
+    """
     implicit: dict[str, Estimator] = {
         "ConjugateGradient(10)": ConjugateGradient(10, warm_start=False),
         "Neumann(10)": Neumann(10, warm_start=False),
@@ -49,8 +53,9 @@ def candidates(num_meta: int, steps: int) -> dict[str, Estimator]:
     forward: dict[str, Estimator] = {"ForwardMode": ForwardMode()} if num_meta <= FEW else {}
     draws: dict[str, Estimator] = {
         "ForwardGradient(8)": ForwardGradient(8),
-        "ZerothOrder(8)": ZerothOrder(8),
-        "FullES(8)": FullES(pairs=8, std=1e-2),
+        "ZerothOrder(8)": ZerothOrder(8, chunk=None if differentiable else 1),
+        "FullES(8)": FullES(pairs=8, std=1e-2, vectorised=differentiable),
+        "PersistentES(8)": PersistentES(pairs=8, std=1e-2, vectorised=differentiable),
     }
     return reverse | {f"Unrolled(truncate={half})": Unrolled(truncate=half)} | implicit | forward | draws
 
@@ -77,6 +82,7 @@ def diagnose(
     draws: int = 4,
     seed: int = 0,
     estimators: dict[str, Estimator] | None = None,
+    configured: dict[str, Estimator] | None = None,
     device: torch.device | str = "cpu",
 ) -> Diagnosis:
     """Compare estimators at the initial meta-parameters, over windows of ``steps`` steps that each begin an episode.
@@ -92,6 +98,7 @@ def diagnose(
         draws: windows, at least 2.
         seed: of everything that is drawn.
         estimators: by name; None takes ``candidates``.
+        configured: further ones, whose rows come first.
         device: where to compute.
 
     Raises:
@@ -102,7 +109,7 @@ def diagnose(
     whole = problem.horizon
     try:
         problem.horizon = None if whole is None else steps
-        return _diagnose(problem, steps, draws, seed, estimators, device, whole or steps)
+        return _diagnose(problem, steps, draws, seed, estimators, configured, device, whole or steps)
     finally:
         problem.horizon = whole
 
@@ -113,6 +120,7 @@ def _diagnose(
     draws: int,
     seed: int,
     estimators: dict[str, Estimator] | None,
+    configured: dict[str, Estimator] | None,
     device: torch.device | str,
     whole: int,
 ) -> Diagnosis:
@@ -121,7 +129,9 @@ def _diagnose(
     windows = [Draw(key, problem.batches(random.fold(key, "data"), steps), None) for key in keys]
     windows = [draw._replace(exact=_exact(problem, meta, draw)) for draw in windows]
     facts = _facts(problem, meta, windows[0])
-    estimators = estimators or candidates(int(facts["meta_parameters"]), steps)
+    estimators = (configured or {}) | (
+        estimators or candidates(int(facts["meta_parameters"]), steps, problem.differentiable)
+    )
     rows = [{"estimator": name} | _row(problem, meta, windows, each) for name, each in estimators.items()]
     table = pd.DataFrame(rows, columns=pd.Index(COLUMNS))
     return Diagnosis(table, facts, advice(table, facts, problem, whole))
@@ -190,8 +200,8 @@ def _row(problem: InnerProblem, meta: Params, windows: list[Draw], estimator: Es
     started = time.perf_counter()
     try:
         found = [_estimate(estimator, problem, meta, draw) for draw in windows]
-    except ValueError as error:
-        return {"remark": f"refused: {error}"}
+    except (ValueError, RuntimeError) as error:  # torch says by the latter what it cannot batch or differentiate
+        return {"remark": f"refused: {' '.join(str(error).split())}"}
     seconds = (time.perf_counter() - started) / len(windows)
     first = windows[0]
     small = first._replace(batches=first.batches._replace(steps=1))
@@ -235,6 +245,10 @@ def peak_mib(warm_up: Callable[[], object], work: Callable[[], object]) -> float
     return float(answer) if answer else math.nan
 
 
+def _length(row: dict[Any, Any]) -> str:
+    return f", but its length is wrong (bias {row['bias']:.2f})" if row["bias"] > 0.2 else ""
+
+
 def advice(table: pd.DataFrame, facts: dict[str, float], problem: InnerProblem, horizon: int) -> list[str]:
     """What the numbers say, in sentences."""
     said = []
@@ -242,12 +256,12 @@ def advice(table: pd.DataFrame, facts: dict[str, float], problem: InnerProblem, 
         said.append(
             "The run cannot be differentiated: ZerothOrder or, for long episodes, PersistentES or NoiseReuseES."
         )
-    elif (rate := facts["growth"]) ** horizon > EXPLODES:
+    elif (log_growth := horizon * math.log(max(rate := facts["growth"], 1e-12))) > math.log(EXPLODES):
         said.append(
             f"A perturbation grows by {rate:.3f} a step, {rate:.3f}^{horizon} over an episode: gradients through all of it "
             "explode. Smooth the objective (PersistentES, NoiseReuseES) or truncate and accept the bias."
         )
-    elif rate**horizon < 1e-3:
+    elif log_growth < -math.log(EXPLODES):
         said.append(f"The start is forgotten ({rate:.3f}^{horizon}): truncation, Neumann and warm starts cost little.")
     if problem.differentiable and facts["meta_parameters"] <= FEW:
         said.append(
@@ -260,8 +274,11 @@ def advice(table: pd.DataFrame, facts: dict[str, float], problem: InnerProblem, 
         )
     measured = table.dropna(subset=["cosine"]).to_dict("records")
     if good := [row for row in measured if row["cosine"] >= GOOD and row["deviation"] < 1]:
-        fastest, smallest = (min(good, key=itemgetter(column))["estimator"] for column in ("seconds", "peak_mib"))
-        said.append(f"Fastest with cosine >= {GOOD}: {fastest}; least memory: {smallest}.")
+        fastest = min(good, key=itemgetter("seconds"))
+        said.append(f"Fastest with cosine >= {GOOD}: {fastest['estimator']}{_length(fastest)}.")
+        if max(row["peak_mib"] for row in good) >= 1:
+            smallest = min(good, key=itemgetter("peak_mib"))
+            said.append(f"Least memory with cosine >= {GOOD}: {smallest['estimator']}{_length(smallest)}.")
     elif measured:
         best = max(measured, key=itemgetter("cosine"))
         said.append(f"None has cosine >= {GOOD}; the best is {best['estimator']} ({best['cosine']:.2f}).")

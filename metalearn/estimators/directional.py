@@ -87,7 +87,9 @@ class Directional(Windowed):
         for indices_C in indices.split(self.chunk or len(indices)):
             directions_CN = self.draw(fold(key, "direction"), indices_C, len(total)).to(total.dtype)
             along = slope(as_meta(meta, directions_CN))
-            total = total + along.slopes_C.to(total.dtype) @ directions_CN
+            total = total + (along.slopes_C.to(total.dtype).unsqueeze(-1) * directions_CN).sum(
+                0
+            )  # no product for autocast
             slopes.append(along.slopes_C)
         grad = as_meta(meta, total * self.weight(len(indices)))
         return Outcome(grad, along.loss, along.state, along.done, self.diagnostics(torch.cat(slopes)))

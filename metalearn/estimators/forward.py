@@ -192,7 +192,9 @@ def _values(
 class TwoPhase(Estimator):
     """A cheap, biased estimator at first, an accurate one after: the biased one is good enough far from the solution.
 
-    An inner run that goes on from one estimate to the next is handed on where both estimators warm-start. Where one
+    An inner run that goes on from one estimate to the next is handed on where both estimators warm-start and the second's
+    state is that run and no more (not with ``RealTimeRecurrent`` or a reused solution). Gradients may differ in size
+    between the phases, which an outer optimizer with a memory does not know. Where one
     divides "outer" examples among ranks and the other directions or pairs, only the latter is divided: the former does
     the same on every rank.
 
@@ -235,6 +237,7 @@ class TwoPhase(Estimator):
     def _place(self) -> None:
         for estimator in (self.first, self.second):
             estimator.rank, estimator.world = self.rank, self.world
+            estimator.reduce = self.reduce if estimator.shards == "outer" else None
 
 
 def _handed_on(giver: Tree, taker: Tree) -> Tree:

@@ -90,6 +90,8 @@ class Unrolled(Responsive):
             return reason
         if problem.rule is None or not problem.has_inner_loss:
             return "mixed mode needs a step that is a rule applied to the gradient of an inner_loss"
+        if problem.rule.needs_loss:
+            return "mixed mode gives the rule no loss, which this one needs"
         if self.compile and problem.global_generator:
             return "its steps draw from torch's global generator (dropout does), and compiled code draws other numbers"
         return None if problem.terminal else "mixed mode differentiates inner_loss only, and its steps have losses too"
@@ -184,6 +186,8 @@ class Unrolled(Responsive):
         def step(
             problem: InnerProblem, meta: Params, state: InnerState, batches: Batches, key: Tensor, k: int
         ) -> tuple[InnerState, StepOutput]:
+            if k < cut:
+                return tree.detach(advance(problem, tree.detach(meta), tree.detach(state), batches, key, k))
             return advance(problem, meta, tree.detach(state) if 0 < k == cut else state, batches, key, k)
 
         return step

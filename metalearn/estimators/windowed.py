@@ -35,7 +35,7 @@ class Windowed(Estimator):
             raise ValueError(f"{type(self).__name__} cannot be used on {type(problem).__name__}: {reason}")
         if not self.warm_start:
             return {}
-        inner = tree.detach(problem.init(meta, fold(key, "episode")))
+        inner = tree.map(torch.clone, tree.detach(problem.init(meta, fold(key, "episode"))))  # may be meta itself
         return {"inner": inner, "done": torch.zeros((), dtype=torch.bool, device=inner.step.device)}
 
     def estimate(self, problem: InnerProblem, meta: Params, state: Tree, batches: Batches, key: Tensor) -> MetaGradient:
@@ -152,6 +152,14 @@ class Implicit(Responsive):
             return reason
         return NO_INNER_LOSS if not problem.has_inner_loss else None if problem.terminal else NOT_TERMINAL
 
+    def init(self, problem: InnerProblem, meta: Params, key: Tensor) -> Tree:
+        if acting := _through_the_rule(problem, meta):
+            raise ValueError(
+                f"{type(self).__name__} cannot be used on {type(problem).__name__}: {', '.join(acting)} act through the "
+                "rule, on which a solution does not depend"
+            )
+        return super().init(problem, meta, key)
+
     def run(self, problem: InnerProblem, meta: Params, start: InnerState, batches: Batches, key: Tensor) -> Window:
         with torch.no_grad():
             return unroll(problem, meta, start, batches, key)
@@ -168,12 +176,24 @@ class Implicit(Responsive):
         window = self.run(problem, meta, start, batches, key)
         by_outer = cotangent(problem, window)
         response = self.response(problem, window)
-        grad = tree.add(by_outer.meta, response.vjp(by_outer.params))
+        v = by_outer.params if self.reduce is None else self.reduce(by_outer.params)  # a cut solve is not linear in v
+        grad = tree.add(by_outer.meta, response.vjp(v))
         return Outcome(grad, by_outer.loss, window.end, window.done, self.diagnostics(response))
 
     def diagnostics(self, response: Response) -> dict[str, Tensor]:
         """What the last ``vjp`` of a response has to report."""
         return {}
+
+
+def _through_the_rule(problem: InnerProblem, meta: Params) -> list[str]:
+    """The meta-parameters that the rule is given."""
+    with torch.enable_grad():
+        leaves = tracked(meta)
+        given = [value for value in problem.rule_meta(leaves).values() if value.requires_grad]
+    if not given:
+        return []
+    found = torch.autograd.grad([value.sum() for value in given], list(leaves.values()), allow_unused=True)
+    return [name for name, grad in zip(leaves, found, strict=True) if grad is not None]
 
 
 def _require_whole_windows(problem: InnerProblem, start: InnerState, steps: int) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from metalearn import tree
 from metalearn.base import Estimator, Params, Rule, require_choice, require_range
@@ -116,8 +115,7 @@ class Problem:
     @property
     def draws(self) -> bool:
         """Whether the module draws from torch's global generator, as active dropout does."""
-        parts = [part for part in self.module.modules() if part.training]
-        return any((part.p if isinstance(part, _DropoutNd) else _dropout(part)) > 0 for part in parts)
+        return tree.draws(self.module)
 
     def _share(self, leaf: Any) -> Any:
         if self.world == 1 or not isinstance(leaf, Tensor):
@@ -129,12 +127,6 @@ class Problem:
                 f"multiple of the {self.world} ranks"
             )
         return leaf[self.rank * rows : (self.rank + 1) * rows]
-
-
-def _dropout(part: nn.Module) -> float:
-    """The rate of a module that has dropout inside, as recurrent ones and attention have."""
-    rate = getattr(part, "dropout", 0.0)
-    return rate if isinstance(rate, (int, float)) else 0.0
 
 
 def scalar_and_log(name: str, result: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Params]:

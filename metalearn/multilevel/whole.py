@@ -10,7 +10,7 @@ from metalearn.base import Batches, InnerProblem, InnerState, Params, StepOutput
 from metalearn.multilevel.level import Record, by_problem
 from metalearn.multilevel.rounds import Round
 from metalearn.random import fold
-from metalearn.unroll import advance
+from metalearn.unroll import advance, seeded
 
 if TYPE_CHECKING:
     from metalearn.multilevel.graph import Graph
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Whole(InnerProblem):
     """What a top waits for, as one step: ``meta`` are the top's parameters, ``outer`` is its loss, and the run is endless.
 
-    A run begins where the levels are. With levels that have others below, a step has hypergradients inside, which
+    A run begins where the levels are. What ``outer`` draws (dropout) comes from a key that its batch holds. With levels that have others below, a step has hypergradients inside, which
     cannot be differentiated once more: zeroth-order estimators only, which loop over their runs.
 
     Args:
@@ -53,14 +53,16 @@ class Whole(InnerProblem):
         return self._joined(states, state.step + 1), StepOutput(zero, torch.zeros_like(state.step, dtype=torch.bool))
 
     def outer(self, meta: Params, state: InnerState, batch: Any) -> Tensor:
-        states = self._states(meta, state)
-        record = self._record(self.top, states, batch)
-        return self.graph.level(self.top).inner_loss({}, states[self.top], record, state.step)[0]
+        states, (key, batches) = self._states(meta, state), batch
+        record = self._record(self.top, states, batches)
+        with seeded(self, key):
+            return self.graph.level(self.top).inner_loss({}, states[self.top], record, key)[0]
 
     def batches(self, key: Tensor, steps: int) -> Batches:
-        """The batches of every level below, step by step, and the top's."""
-        drawn = [{name: self._draw(name, fold(key, k, name)) for name in self.below} for k in range(steps)]
-        return Batches(drawn.__getitem__, self._draw(self.top, fold(key, self.top), 1)[0], steps)
+        """The batches of every level below, step by step, and the top's with the key of what its loss draws."""
+        drawn = [{name: self._draw_window(name, fold(key, k, name)) for name in self.below} for k in range(steps)]
+        top_key = fold(key, 0, 0)  # as ``Round`` keys the top's own step, so that an estimator sees the same draws
+        return Batches(drawn.__getitem__, (top_key, self._draw(self.top, top_key)), steps)
 
     def levels(self, state: InnerState) -> dict[str, InnerState]:
         """The states of the levels below."""
@@ -96,9 +98,10 @@ class Whole(InnerProblem):
         lowers = {lower: states[lower].params for lower in sees}
         return Record(batches, lowers, {other: states[other].buffers for other in (*sees, *seen_by)}, {})
 
-    def _draw(self, name: str, key: Tensor, steps: int = 0) -> list[tuple]:
+    def _draw_window(self, name: str, key: Tensor) -> list[tuple]:
+        """The batches of all steps of a level that a step of the top waits for."""
+        return [self._draw(name, fold(key, k)) for k in range(self.graph.problems[name].unroll_steps)]
+
+    def _draw(self, name: str, key: Tensor) -> tuple:
         problem = self.graph.problems[name]
-        return [
-            tuple(problem.data(fold(key, k, "data", i)) for i in range(problem.accumulate))
-            for k in range(steps or problem.unroll_steps)
-        ]
+        return tuple(problem.data(fold(key, "data", i)) for i in range(problem.accumulate))

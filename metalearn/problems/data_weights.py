@@ -88,6 +88,10 @@ class DataWeights(TrainingRun):
         found["validation"] = Examples(*(leaf[self.clean_examples :] for leaf in validation))
         return found
 
+    def division(self) -> dict[str, Any]:
+        names = ("num_examples", "clean_examples", "noise", "noise_seed")
+        return {name: getattr(self, name) for name in names}
+
     def _noisy(self, targets: Tensor) -> Tensor:
         key, count = random.key(self.noise_seed, "noise"), len(targets)
         rows = random.distinct(random.fold(key, "rows"), round(self.noise * count), count)

@@ -80,6 +80,9 @@ class FewShot(TrainingRun):
     def num_outputs(self) -> int:
         return self.ways
 
+    def division(self) -> dict[str, Any]:
+        return {"held_out": self.held_out, "class_seed": self.class_seed}
+
     def read(self, parts: list[str]) -> dict[str, Examples]:
         inputs, targets = self.source.read("train")
         num_classes = self.source.num_classes

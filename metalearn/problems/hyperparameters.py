@@ -106,6 +106,10 @@ class RandomRidge(Ridge):
         w[(num_features + 1) // 2 :] = 0
         y = x @ w + noise * random.normal(random.fold(key, "noise"), (2, num_rows)).double()
         super().__init__(x[0], y[0], x[1], y[1], rule, horizon)
+        self.rows = {"num_rows": num_rows, "num_features": num_features, "noise": noise, "seed": seed}
+
+    def record(self) -> dict[str, Any]:
+        return {"fingerprint": {}, "division": self.rows}
 
 
 class LogisticRegression(TrainingRun):

@@ -70,7 +70,7 @@ class TrainingRun(Descent):
                 torch.manual_seed(0)
                 module = self.model(self.parts["train"].inputs.shape[1], self.num_outputs)
             self._modules = module.train(), copy.deepcopy(module).eval()
-            self.global_generator = any(_draws(part) for part in module.modules())
+            self.global_generator = tree.draws(module)
 
     def read(self, parts: list[str]) -> dict[str, Examples]:
         """The examples of these parts, and what else is made of them."""
@@ -90,8 +90,13 @@ class TrainingRun(Descent):
             self._identity = {
                 "fingerprint": {BASE: self.source.fingerprint()},
                 "revision": {BASE: self.source.revision},
+                "division": self.division(),
             }
         return self._identity
+
+    def division(self) -> dict[str, Any]:
+        """The settings that say which examples or classes are for what: a checkpoint is tested under the same only."""
+        return {}
 
     def examples(self, part: str, device: torch.device | str) -> Examples:
         """All examples of a part on ``device``, moved there once.
@@ -203,10 +208,3 @@ def draw(examples: Examples, count: int | None, key: Tensor) -> Examples:
 def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
     """Share of examples whose largest logit is the target's."""
     return (logits.argmax(-1) == targets).to(logits.dtype).mean()
-
-
-def _draws(part: nn.Module) -> bool:
-    """Whether a module draws from the global generator when it trains: dropout, by itself or within attention and cells."""
-    layers = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-    rate = part.p if isinstance(part, layers) else getattr(part, "dropout", 0.0)
-    return isinstance(rate, float | int) and rate > 0

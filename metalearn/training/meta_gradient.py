@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
@@ -19,8 +20,10 @@ from torch.utils.data import DataLoader
 
 from metalearn import random, tree
 from metalearn.base import Estimator, InnerProblem, MetaGradient, Params, Tree, require_range
+from metalearn.estimators.forward import TwoPhase, ZerothOrder
 from metalearn.training.callbacks import Cost
 from metalearn.training.data import request_loader
+from metalearn.unroll import Tasks
 
 STATE = "estimator"
 
@@ -136,8 +139,15 @@ class MetaGradientLearning(Evaluated):
                 f"trainer.strategy is {type(self.trainer.strategy).__name__}, which shards parameters; accepted: auto, ddp "
                 "(inner runs are functional calls, which see no shards, and forward mode has no rule for them)"
             )
+        if "bf16" in self.trainer.precision and _takes_differences(self.estimator):
+            raise ValueError(
+                f"trainer.precision is {self.trainer.precision}, in whose rounding the differences of ZerothOrder drown; "
+                "accepted: 32"
+            )
         divided = self.problem if self.estimator.shards == "outer" else self.estimator
         divided.rank, divided.world = self.trainer.global_rank, self.trainer.world_size
+        if divided.world > 1 and divided is self.problem and not self._divides_tasks:
+            self.estimator.reduce = mean_over_ranks
 
     def configure_model(self) -> None:
         if self.meta_parameters is None:
@@ -149,7 +159,7 @@ class MetaGradientLearning(Evaluated):
     def meta(self) -> Params:
         """The meta-parameters by name, cut from any graph."""
         assert self.meta_parameters is not None
-        return {_given(name): value.detach() for name, value in self.meta_parameters.items()}
+        return {_given(name): value.detach().clone() for name, value in self.meta_parameters.items()}
 
     def configure_optimizers(self) -> Any:
         optimizer = self.build_optimizer(self.parameters())
@@ -171,16 +181,17 @@ class MetaGradientLearning(Evaluated):
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         found = self.estimate(batch)
         self.estimator_state = found.state
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        norm, logs = tree.norm(found.grad), (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        if (logs or self.device.type == "cpu") and not norm.isfinite():  # a GPU is not waited for at every step
+            raise ValueError(
+                f"the meta-gradient of step {batch} is {float(norm)}: the inner run diverges, or its derivative does; "
+                "accepted: a smaller inner learning rate, a shorter window, or an estimator that smooths"
+            )
+        if logs:
             self.log("train/loss", found.loss.detach().float().cpu(), prog_bar=True)
             numbers = {name: value.detach().float().cpu() for name, value in found.diagnostics.items()}
             self.log_dict({f"train/{name}": value for name, value in numbers.items()})
-            self.log("train/grad_norm", norm := tree.norm(found.grad).float().cpu())
-            if not norm.isfinite():
-                raise ValueError(
-                    f"the meta-gradient of step {batch} is {float(norm)}: the inner run diverges, or its derivative does; "
-                    "accepted: a smaller inner learning rate, a shorter window, or an estimator that smooths"
-                )
+            self.log("train/grad_norm", norm.float().cpu())
         assert self.meta_parameters is not None
         terms = [(value * found.grad[_given(name)]).sum() for name, value in self.meta_parameters.items()]
         return torch.stack(terms).sum()
@@ -216,13 +227,15 @@ class MetaGradientLearning(Evaluated):
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not all(value.isfinite().all() for value in self.meta.values()):
+            raise ValueError("the meta-parameters are not finite; the last checkpoint is kept as it was")
         checkpoint[STATE] = self._all_shares(tree.pack(self.estimator_state))
         checkpoint["problem"] = self._card()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved, own = checkpoint.get("problem", {}), self._card()
         for name in own:
-            if saved.get(name) != own[name] and (self.trainer.state.fn == "fit" or name == "problem"):
+            if saved.get(name) != own[name] and (self.trainer.state.fn == "fit" or name in ("problem", "division")):
                 raise ValueError(
                     f"the checkpoint was trained with {name} {saved.get(name)}, not {own[name]}; accepted: the same "
                     f"{name}, or another --run_dir"
@@ -232,24 +245,47 @@ class MetaGradientLearning(Evaluated):
     def _card(self) -> dict[str, Any]:
         """What a resumed run must not change without saying so."""
         data = self.problem.record()
-        return {"problem": type(self.problem).__name__, "estimator": type(self.estimator).__name__, "data": data}
+        names = {"problem": type(self.problem).__name__, "estimator": type(self.estimator).__name__}
+        return names | {"data": data, "division": data["division"], "steps": self.steps}
 
     def _all_shares(self, packed: dict[str, Tensor]) -> dict[str, Tensor]:
         """The pairs of all ranks, in their global order; what is shared is the same on each."""
         if self.trainer.world_size == 1:
             return packed
         return {
-            name: self.all_gather(leaf).flatten(0, 1) if _is_divided(name) else leaf for name, leaf in packed.items()
+            name: self.all_gather(leaf).flatten(0, 1) if self._is_divided(name, leaf) else leaf
+            for name, leaf in packed.items()
         }
 
     def _own_share(self, packed: dict[str, Tensor]) -> dict[str, Tensor]:
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        return {name: leaf.chunk(world)[rank].clone() if _is_divided(name) else leaf for name, leaf in packed.items()}
+        return {
+            name: leaf.chunk(world)[rank].clone() if self._is_divided(name, leaf) else leaf
+            for name, leaf in packed.items()
+        }
+
+    @property
+    def _divides_tasks(self) -> bool:
+        return self.estimator.shards == "outer" and isinstance(self.problem, Tasks)
+
+    def _is_divided(self, name: str, leaf: Tensor) -> bool:
+        """Whether a leaf of the estimator's state has a first axis of antithetic pairs or tasks, which ranks divide."""
+        return "pairs" in name.split("/")[:2] or (self._divides_tasks and leaf.ndim > 0)
 
 
-def _is_divided(name: str) -> bool:
-    """Whether a leaf of an estimator's state has a first axis of antithetic pairs, which ranks divide."""
-    return "pairs" in name.split("/")
+def _takes_differences(estimator: Estimator) -> bool:
+    parts = (estimator.first, estimator.second) if isinstance(estimator, TwoPhase) else (estimator,)
+    return any(isinstance(part, ZerothOrder) for part in parts)
+
+
+def mean_over_ranks(params: Params) -> Params:
+    """The mean over all ranks, entry by entry, in one message for each precision."""
+    found = {}
+    for dtype in dict.fromkeys(value.dtype for value in params.values()):  # in the same order on every rank
+        joined, split = tree.ravel({name: value for name, value in params.items() if value.dtype == dtype})
+        torch.distributed.all_reduce(joined)
+        found |= split(joined / torch.distributed.get_world_size())
+    return {name: found[name] for name in params}
 
 
 def _stored(name: str) -> str:

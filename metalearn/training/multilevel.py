@@ -7,7 +7,6 @@ import warnings
 from typing import Any
 
 import torch
-import torch.distributed
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from metalearn.base import Params, Tree
 from metalearn.multilevel.graph import Graph
 from metalearn.multilevel.program import Program
 from metalearn.training.callbacks import Cost
-from metalearn.training.meta_gradient import Evaluated
+from metalearn.training.meta_gradient import Evaluated, mean_over_ranks
 
 STATE = "levels"
 
@@ -176,17 +175,6 @@ class MultilevelLearning(Evaluated):
         """What a resumed run must not change without saying so."""
         data = self.program.record() if isinstance(self.program, Program) else {}
         return {"program": type(self.program).__name__, "graph": str(self.graph), "data": data}
-
-
-def mean_over_ranks(params: Params) -> Params:
-    """The mean over all ranks, entry by entry, in one message for each precision."""
-    found = {}
-    for dtype in {value.dtype for value in params.values()}:
-        part = {name: value for name, value in params.items() if value.dtype == dtype}
-        joined, split = tree.ravel(part)
-        torch.distributed.all_reduce(joined)
-        found |= split(joined / torch.distributed.get_world_size())
-    return {name: found[name] for name in params}
 
 
 def _steps(graph: Graph) -> dict[str, int]:

@@ -132,3 +132,23 @@ def test_memory_is_flat_over_200_outer_steps(mode):
 def live_tensors():
     gc.collect()
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    r"ignore:`torch\.jit\.script_method` is deprecated:DeprecationWarning"
+)  # by inductor itself
+def test_compiled_matches_one_graph():
+    for rule, width in ((SGD(0.1), 8), (Adam(0.01, eps=1e-4), 12)):
+        problem = data_weights(rule, width, depth=1)
+        wanted = estimated(Unrolled("graph"), problem, 4)().grad
+        assert relative(estimated(Unrolled("mixed", compile=True), problem, 4)().grad, wanted) <= 1e-5
+
+
+def test_compiling_is_refused_where_it_would_do_nothing_or_something_else():
+    with pytest.raises(ValueError, match="mode with compile is 'store'; accepted: 'mixed'"):
+        Unrolled("store", compile=True)
+    problem = data_weights(SGD(0.1), 4)
+    problem.global_generator = True
+    assert "draws" in (Unrolled("mixed", compile=True).refusal(problem) or "")
+    assert Unrolled("mixed").refusal(problem) is None

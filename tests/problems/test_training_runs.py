@@ -76,7 +76,8 @@ def test_test_examples_are_sealed_until_asked_for():
     problem.open(test=True)
     assert source.opened == ["train", "validation", "test"]
     assert problem.evaluate(problem.init_meta(random.key(0)), random.key(0), test=True).keys() == {"loss", "accuracy"}
-    assert problem.record() == {"fingerprint": {"base": source.fingerprint()}, "revision": {"base": None}}
+    found = {"fingerprint": {"base": source.fingerprint()}, "revision": {"base": None}, "division": {}}
+    assert problem.record() == found
 
 
 def test_evaluation_learns():
