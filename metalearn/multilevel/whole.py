@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class Whole(InnerProblem):
     """What a top waits for, as one step: ``meta`` are the top's parameters, ``outer`` is its loss, and the run is endless.
 
-    A run begins where the levels are. What ``outer`` draws (dropout) comes from a key that its batch holds. With levels that have others below, a step has hypergradients inside, which
-    cannot be differentiated once more: zeroth-order estimators only, which loop over their runs.
+    A run begins where the levels are. What ``outer`` draws (dropout) comes from a key that its batch holds. With levels
+    that have others below, a step has hypergradients inside, which cannot be differentiated once more: zeroth-order
+    estimators only, which loop over their runs.
 
     Args:
         graph: the program.
