@@ -199,7 +199,8 @@ class InnerProblem(ABC):
     (``horizon`` None) is asked for ``outer`` at the end of every window.
 
     Functions are written for one run. The engine batches them by ``vmap`` over particles and tasks, except ``init``,
-    which it calls run by run. ``outer`` draws nothing. Keys are ``metalearn.random`` keys; equal keys give equal results.
+    which it calls run by run. ``outer`` draws nothing but from a key in its batch. Keys are ``metalearn.random`` keys;
+    equal keys give equal results.
     """
 
     horizon: int | None = None  # steps of an episode

@@ -64,10 +64,15 @@ def assert_killed_run_resumes(config, tmp_path):
     assert_same(tmp_path / "killed", tmp_path / "whole")
 
 
+# Where directions cancel in an entry, what is left is rounding noise, which Adam must not blow up to whole steps.
+CALM = ("--model.init_args.optimizer.init_args.eps", "1e-3")
+
+
 def assert_two_ranks_equal_one(config, tmp_path):
-    shared = start(config, tmp_path / "shared", "-c", DDP, "--trainer.accelerator", "cpu", "--trainer.devices", 2)
+    two = ("-c", DDP, "--trainer.accelerator", "cpu", "--trainer.devices", 2)
+    shared = start(config, tmp_path / "shared", *CALM, *two)
     assert shared.returncode == 0, shared.stderr
-    assert "distributed_backend=gloo" in shared.stderr and fit(config, tmp_path / "alone") == 0
+    assert "distributed_backend=gloo" in shared.stderr and fit(config, tmp_path / "alone", *CALM) == 0
     assert_same(tmp_path / "shared", tmp_path / "alone", 1e-6)
 
 

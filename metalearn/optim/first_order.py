@@ -130,7 +130,8 @@ class SGD(FirstOrder):
     def _accumulate(self, meta: Params, grads: Params, state: Tree) -> tuple[Params, Tree]:
         """The directions of descent and the state with the gradients in its buffers."""
         momentum = self._value(meta, "momentum")
-        taken, later = grads, dict[str, Any]()
+        taken = grads
+        later: dict[str, Any] = {}  # not dict[str, Any](), which the compiler cannot trace
         if self._uses(meta, "dampening"):
             dampening = self._value(meta, "dampening")
             later = {"step": state["step"] + 1}

@@ -139,7 +139,7 @@ def live_tensors():
     r"ignore:`torch\.jit\.script_method` is deprecated:DeprecationWarning"
 )  # by inductor itself
 def test_compiled_matches_one_graph():
-    for rule, width in ((SGD(0.1), 8), (Adam(0.01, eps=1e-4), 12)):
+    for rule, width in ((SGD(0.1, momentum=0.9), 8), (Adam(0.01, eps=1e-4), 12)):
         problem = data_weights(rule, width, depth=1)
         wanted = estimated(Unrolled("graph"), problem, 4)().grad
         assert relative(estimated(Unrolled("mixed", compile=True), problem, 4)().grad, wanted) <= 1e-5

@@ -11,7 +11,7 @@ from pytorch_lightning.strategies import FSDPStrategy
 
 from metalearn.estimators.forward import ForwardGradient, ZerothOrder
 from metalearn.estimators.unrolled import Unrolled
-from metalearn.optim.first_order import SGD as Descend
+from metalearn.optim import first_order
 from metalearn.problems.hyperparameters import RandomRidge
 from metalearn.random import fold
 from metalearn.training.callbacks import RunCheckpoint
@@ -154,13 +154,17 @@ def test_sharded_parameters_are_refused(learn):
 
 def test_low_precision_is_refused_where_differences_would_drown(learn):
     with pytest.raises(
-        ValueError, match="trainer.precision is bf16-mixed, in whose rounding the differences of ZerothOrder"
+        ValueError, match=r"trainer.precision is bf16-mixed, in whose rounding the differences of ZerothOrder"
     ):
         learn(estimator=ZerothOrder(), precision="bf16-mixed")
 
 
 def test_a_checkpoint_is_not_used_under_another_division_of_the_data(learn, tmp_path):
     keep = functools.partial(learn, RunCheckpoint(str(tmp_path), 2), enable_checkpointing=True)
-    keep(problem=RandomRidge(Descend(0.1)), max_steps=2)
-    with pytest.raises(ValueError, match="trained with data .*'seed': 0.*, not .*'seed': 1"):
-        keep(problem=RandomRidge(Descend(0.1), seed=1), max_steps=4, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    keep(problem=RandomRidge(first_order.SGD(0.1)), max_steps=2)
+    with pytest.raises(ValueError, match=r"trained with data .*'seed': 0.*, not .*'seed': 1"):
+        keep(
+            problem=RandomRidge(first_order.SGD(0.1), seed=1),
+            max_steps=4,
+            ckpt_path=tmp_path / "checkpoints" / "last.ckpt",
+        )
