@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -33,19 +34,32 @@ class Window(NamedTuple):
         return self.states[self.batches.steps]
 
 
+_holders = 0  # of the kernels, which are the process's and not the thread's
+_kernels = ExitStack()
+_lock = threading.Lock()
+
+
 @contextmanager
 def differentiable_kernels() -> Iterator[None]:
-    """What differentiating through a run asks of torch, and what it had before afterwards.
+    """What differentiating through a run asks of torch, and what it had before afterwards; threads may hold it together.
 
     Attention goes by plain matrix products: its fused kernels have no second derivative, no forward mode and no
     batching rule. Autocast keeps no copies: they would outlive the step that they were made for.
     """
+    global _holders
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
+    with _lock:
+        if not _holders:
+            _kernels.enter_context(sdpa_kernel([SDPBackend.MATH]))
+        _holders += 1
     try:
-        with sdpa_kernel([SDPBackend.MATH]):
-            yield
+        yield
     finally:
+        with _lock:
+            _holders -= 1
+            if not _holders:
+                _kernels.close()
         torch.set_autocast_cache_enabled(cached)
 
 

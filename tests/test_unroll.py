@@ -1,6 +1,7 @@
 """The inner loop: against torch's own loop, bit-equal when run again, batched over tasks."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from metalearn.base import Batches
 from metalearn.estimators.unrolled import Unrolled
 from metalearn.optim.first_order import SGD, Adam
 from metalearn.random import fold, key, normal
-from metalearn.unroll import Descent, Tasks, unroll
+from metalearn.unroll import Descent, Tasks, differentiable_kernels, unroll
 
 
 class Regression(Descent):
@@ -177,3 +178,24 @@ def test_losses_of_steps_count_from_the_first_differentiated_one(truncate):
     )
     assert max(relative(stored, whole), relative(kept, whole)) <= 1e-12
     assert relative(estimate(Unrolled("graph", 5), problem, meta, steps=5).grad, whole) > (0.1 if truncate else -1)
+
+
+def test_threads_leave_the_attention_kernels_as_they_were():
+    before = torch.backends.cuda.flash_sdp_enabled()
+    gate, held = threading.Barrier(2), []
+
+    def hold(first):
+        with differentiable_kernels():
+            gate.wait()
+            held.append(torch.backends.cuda.flash_sdp_enabled())
+            if first:
+                gate.wait()
+        if not first:
+            gate.wait()
+
+    threads = [threading.Thread(target=hold, args=(first,)) for first in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert held == [False, False] and torch.backends.cuda.flash_sdp_enabled() == before
