@@ -188,8 +188,9 @@ def initialise(module: nn.Module, key: Tensor) -> tuple[Params, Params]:
     with torch.random.fork_rng(devices(key)), torch.no_grad():
         torch.manual_seed(int(key))
         for part in module.modules():
-            if callable(reset := getattr(part, "reset_parameters", None)):
-                reset()
+            for name in ("reset_parameters", "_reset_parameters"):  # the latter is that of torch's attention
+                if callable(reset := getattr(part, name, None)):
+                    reset()
         params = {name: value.detach().clone() for name, value in module.named_parameters()}
         buffers = {name: value.detach().clone() for name, value in module.named_buffers()}
         module.load_state_dict(saved, strict=False)

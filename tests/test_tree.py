@@ -109,11 +109,12 @@ def test_draws_knows_parts_in_training_mode_alone():
 
 
 def test_initialise_is_a_function_of_the_key_alone():
-    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.MultiheadAttention(4, 1))
     own = {name: value.clone() for name, value in module.state_dict().items()}
     generator = torch.random.get_rng_state()
     first, again, other = (tree.initialise(module, key(seed)) for seed in (0, 0, 1))
     torch.testing.assert_close(first, again, rtol=0, atol=0)
+    assert not torch.equal(first[0]["2.in_proj_weight"], other[0]["2.in_proj_weight"])
     assert not torch.equal(first[0]["0.weight"], other[0]["0.weight"]) and first[1]["1.running_var"].eq(1).all()
     torch.testing.assert_close(module.state_dict(), own, rtol=0, atol=0)
     assert torch.equal(torch.random.get_rng_state(), generator)

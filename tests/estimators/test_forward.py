@@ -229,7 +229,7 @@ def test_dropout_is_replayed(quick_estimate):
 def test_draws_that_are_not_declared_are_refused(estimator, quick_estimate):
     problem = Dropout()
     problem.global_generator = False
-    with pytest.raises((RuntimeError, ValueError), match="randomness|global generator"):
+    with pytest.raises((RuntimeError, ValueError), match=r"randomness|global generator"):
         quick_estimate(estimator, problem, problem.init_meta(key(0)), steps=2)
 
 
