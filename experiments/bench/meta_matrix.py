@@ -83,11 +83,11 @@ def cell(problem: InnerProblem, steps: int, estimator: Estimator, exact: Params 
     """What the table says of a pair, and the reason where it is refused."""
     if reason := estimator.refusal(problem):
         return "refused", reason
-    call = estimated(estimator, problem, steps)
     try:
+        call = estimated(estimator, problem, steps)
         found = call().grad
-    except ValueError as refused:  # what only the sizes at hand forbid
-        return "refused", str(refused)
+    except ValueError as refused:  # what only the meta-parameters and sizes at hand forbid
+        return "refused", str(refused).split(f"on {type(problem).__name__}: ")[-1]
     began = time.perf_counter()
     mebibytes = rise(call)
     milliseconds = 1e3 * (time.perf_counter() - began)
