@@ -1,5 +1,6 @@
 """Arithmetic on trees of tensors (nested dictionaries, named tuples) and calls of a module as a pure function."""
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 from unittest.mock import patch
@@ -134,6 +135,9 @@ def _draws(part: nn.Module) -> bool:
     return isinstance(part, nn.RReLU) or (isinstance(rate, float | int) and rate > 0)
 
 
+_borrowed = threading.RLock()  # one thread at a time puts another batch norm into torch
+
+
 def call(module: nn.Module, params: Params, buffers: Params, *inputs: Any) -> tuple[Any, Params]:
     """The module's output with these parameters and buffers, and the buffers after; nothing that is passed is changed.
 
@@ -142,7 +146,7 @@ def call(module: nn.Module, params: Params, buffers: Params, *inputs: Any) -> tu
     after = {name: buffer.detach().clone() for name, buffer in buffers.items()}
     if not any(isinstance(part, _BatchNorm) for part in module.modules()):
         return torch.func.functional_call(module, params | after, inputs), after
-    with patch.object(functional, "batch_norm", _batch_norm):
+    with _borrowed, patch.object(functional, "batch_norm", _batch_norm):
         return torch.func.functional_call(module, params | after, inputs), after
 
 

@@ -1,5 +1,6 @@
 """Programs that several files ask about: quadratic levels, which have closed forms, and a regression that weights its rows."""
 
+import copy
 import functools
 
 import torch
@@ -154,6 +155,7 @@ def reweighting(module, rule=None, estimator=None, top_estimator=None, **options
 
     The weights come from a small network that is shown that column, learned on rows that are right.
     """
+    module = copy.deepcopy(module)  # a functional call borrows the module, which threads must not share
     dtype = next(module.parameters()).dtype
     x = normal(key(1, "x"), (64, 4)).to(dtype)
     x[:, 3] = torch.tensor([1, -1]).repeat(32)
