@@ -13,7 +13,7 @@ from torch.func import jvp, vmap
 
 from metalearn import tree
 from metalearn.base import Batches, InnerProblem, InnerState, Params, require_choice, require_range
-from metalearn.estimators.windowed import Outcome, Windowed, tracked
+from metalearn.estimators.windowed import Given, Outcome, Windowed, tracked
 from metalearn.random import bits, fold, normal
 from metalearn.unroll import Window, asks_outer, unroll
 
@@ -54,16 +54,9 @@ class Directional(Windowed):
     def draw(self, key: Tensor, indices_C: Tensor, num_entries: int) -> Tensor:
         """The directions of these indices, (C, N)."""
 
-    def slope(
-        self,
-        problem: InnerProblem,
-        meta: Params,
-        start: InnerState,
-        batches: Batches,
-        key: Tensor,
-        init_key: Tensor | None,
-    ) -> Callable[[Params], Along]:
+    def slope(self, given: Given) -> Callable[[Params], Along]:
         """The function that takes derivatives along directions, (C, ...) each: here forward mode."""
+        problem, meta, start, batches, key, init_key = given
 
         def along(directions: Params) -> Along:
             by_start = through_start(problem, meta, start, init_key, directions)
@@ -71,25 +64,16 @@ class Directional(Windowed):
 
         return along
 
-    def differentiate(
-        self,
-        problem: InnerProblem,
-        meta: Params,
-        start: InnerState,
-        batches: Batches,
-        key: Tensor,
-        init_key: Tensor | None,
-    ) -> Outcome:
-        slope = self.slope(problem, meta, start, batches, key, init_key)
+    def differentiate(self, given: Given) -> Outcome:
+        meta, key, slope = given.meta, given.key, self.slope(given)
         total = torch.zeros_like(tree.ravel(meta)[0])
         indices = self.indices(len(total)).to(total.device)
         slopes = []
         for indices_C in indices.split(self.chunk or len(indices)):
             directions_CN = self.draw(fold(key, "direction"), indices_C, len(total)).to(total.dtype)
             along = slope(as_meta(meta, directions_CN))
-            total = total + (along.slopes_C.to(total.dtype).unsqueeze(-1) * directions_CN).sum(
-                0
-            )  # no product for autocast
+            slopes_C1 = along.slopes_C.to(total.dtype).unsqueeze(-1)
+            total = total + (slopes_C1 * directions_CN).sum(0)  # a matrix product would be autocast
             slopes.append(along.slopes_C)
         grad = as_meta(meta, total * self.weight(len(indices)))
         return Outcome(grad, along.loss, along.state, along.done, self.diagnostics(torch.cat(slopes)))

@@ -21,7 +21,7 @@ from metalearn.base import (
     require_range,
 )
 from metalearn.estimators.directional import Along, Directional, RandomDirections, basis, objective, randomness
-from metalearn.estimators.windowed import cotangent, tracked
+from metalearn.estimators.windowed import Given, cotangent, tracked
 from metalearn.unroll import Window, asks_outer, unroll
 
 METHODS = ("forward", "central")
@@ -110,15 +110,8 @@ class ZerothOrder(RandomDirections):
     def refusal(self, problem: InnerProblem) -> str | None:
         return None
 
-    def slope(
-        self,
-        problem: InnerProblem,
-        meta: Params,
-        start: InnerState,
-        batches: Batches,
-        key: Tensor,
-        init_key: Tensor | None,
-    ) -> Callable[[Params], Along]:
+    def slope(self, given: Given) -> Callable[[Params], Along]:
+        problem, meta, start, batches, key, init_key = given
         assert init_key is not None, "every estimate begins an episode"
         with torch.no_grad():
             window = unroll(problem, meta, start, batches, key)

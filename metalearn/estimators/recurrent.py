@@ -15,7 +15,7 @@ from torch.func import jvp
 from metalearn import tree
 from metalearn.base import Batches, InnerProblem, InnerState, MetaGradient, Params, StepOutput, Tree, require_range
 from metalearn.estimators.directional import as_meta, basis, push, signs, through_start
-from metalearn.estimators.windowed import Outcome, Windowed, cotangent, gradients, tracked
+from metalearn.estimators.windowed import Given, Outcome, Windowed, cotangent, gradients, tracked
 from metalearn.random import fold
 from metalearn.unroll import advance, differentiable_kernels, unroll
 
@@ -52,15 +52,8 @@ class Online(Windowed):
         found = super(Online, window).estimate(problem, meta, state, batches, key)
         return found._replace(state={**found.state, "carry": tree.detach(window.carry)})
 
-    def differentiate(
-        self,
-        problem: InnerProblem,
-        meta: Params,
-        start: InnerState,
-        batches: Batches,
-        key: Tensor,
-        init_key: Tensor | None,
-    ) -> Outcome:
+    def differentiate(self, given: Given) -> Outcome:
+        problem, meta, start, batches, key, init_key = given
         carry = self.carry if init_key is None else self.begin_carry(problem, meta, start, init_key)
         outcome, self.carry = self.follow(problem, meta, start, carry, batches, key)
         return outcome

@@ -22,7 +22,7 @@ from metalearn.base import (
     require_choice,
     require_range,
 )
-from metalearn.estimators.windowed import Outcome, Responsive, cotangent, gradients, through_init, tracked
+from metalearn.estimators.windowed import Given, Outcome, Responsive, cotangent, gradients, through_init, tracked
 from metalearn.random import fold
 from metalearn.unroll import (
     Step,
@@ -96,17 +96,10 @@ class Unrolled(Responsive):
             return "its steps draw from torch's global generator (dropout does), and compiled code draws other numbers"
         return None if problem.terminal else "mixed mode differentiates inner_loss only, and its steps have losses too"
 
-    def differentiate(
-        self,
-        problem: InnerProblem,
-        meta: Params,
-        start: InnerState,
-        batches: Batches,
-        key: Tensor,
-        init_key: Tensor | None,
-    ) -> Outcome:
+    def differentiate(self, given: Given) -> Outcome:
         if self.mode == "graph":
-            return self._through_graph(problem, meta, start, batches, key, init_key)
+            return self._through_graph(given)
+        problem, meta, start, batches, key, init_key = given
         window = self.run(problem, meta, start, batches, key)
         by_outer = cotangent(problem, window)
         by_steps, by_start = self.pull(problem, window, by_outer.state, 0.0 if problem.terminal else 1.0)
@@ -115,15 +108,8 @@ class Unrolled(Responsive):
             total = tree.add(total, through_init(problem, meta, init_key, by_start))
         return Outcome(total, by_outer.loss, window.end, window.done, {})
 
-    def _through_graph(
-        self,
-        problem: InnerProblem,
-        meta: Params,
-        start: InnerState,
-        batches: Batches,
-        key: Tensor,
-        init_key: Tensor | None,
-    ) -> Outcome:
+    def _through_graph(self, given: Given) -> Outcome:
+        problem, meta, start, batches, key, init_key = given
         with torch.enable_grad():
             meta = tracked(meta)
             start = start if init_key is None else problem.init(meta, init_key)

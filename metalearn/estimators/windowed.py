@@ -44,9 +44,9 @@ class Windowed(Estimator):
         start = self.begin(problem, meta, key) if fresh else state["inner"]
         _require_whole_windows(problem, start, batches.steps)
         with differentiable_kernels():
-            grad, loss, end, done, diagnostics = self.differentiate(
-                problem, meta, start, batches, fold(key, "steps"), fold(key, "episode") if fresh else None
-            )
+            init_key = fold(key, "episode") if fresh else None
+            given = Given(problem, meta, start, batches, fold(key, "steps"), init_key)
+            grad, loss, end, done, diagnostics = self.differentiate(given)
         after = {"inner": tree.detach(end), "done": torch.full_like(state["done"], done)} if self.warm_start else {}
         return MetaGradient(grad, loss.detach(), after, diagnostics)
 
@@ -56,16 +56,19 @@ class Windowed(Estimator):
             return problem.init(meta, fold(key, "episode"))
 
     @abstractmethod
-    def differentiate(
-        self,
-        problem: InnerProblem,
-        meta: Params,
-        start: InnerState,
-        batches: Batches,
-        key: Tensor,
-        init_key: Tensor | None,
-    ) -> "Outcome":
+    def differentiate(self, given: "Given") -> "Outcome":
         """The window's meta-gradient. With ``init_key``, ``start`` is ``problem.init(meta, init_key)``, differentiable too."""
+
+
+class Given(NamedTuple):
+    """What ``Windowed.differentiate`` is given."""
+
+    problem: InnerProblem
+    meta: Params
+    start: InnerState
+    batches: Batches
+    key: Tensor
+    init_key: Tensor | None  # of the episode that the window begins; None where the inner run goes on
 
 
 class Outcome(NamedTuple):
@@ -164,15 +167,8 @@ class Implicit(Responsive):
         with torch.no_grad():
             return unroll(problem, meta, start, batches, key)
 
-    def differentiate(
-        self,
-        problem: InnerProblem,
-        meta: Params,
-        start: InnerState,
-        batches: Batches,
-        key: Tensor,
-        init_key: Tensor | None,
-    ) -> Outcome:
+    def differentiate(self, given: Given) -> Outcome:
+        problem, meta, start, batches, key, _ = given
         window = self.run(problem, meta, start, batches, key)
         by_outer = cotangent(problem, window)
         response = self.response(problem, window)
