@@ -146,6 +146,22 @@ class Source(ABC):
         """Hash of content, options and revision; the same whichever parts were read. A separate test split is not covered."""
 
 
+class Loss(nn.Module, ABC):
+    """A criterion, used as those of ``torch.nn``; its parameters are meta-parameters."""
+
+    output: (
+        str  # what it makes of a module's raw output z: "softmax" or "sigmoid" probabilities, "identity" in regression
+    )
+
+    @abstractmethod
+    def per_example(self, prediction_NK: Tensor, target_NK: Tensor) -> Tensor:
+        """Losses (N,) of raw outputs and of targets as probabilities or numbers."""
+
+    @abstractmethod
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """The loss, reduced as the criterion was built to."""
+
+
 class Rule(ABC):
     """An optimizer as a pure, differentiable function. Trees in, trees out; no argument is changed.
 

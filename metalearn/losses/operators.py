@@ -1,0 +1,121 @@
+"""The table of operators that losses are made of: everything else about an operator is generated from its row.
+
+A formula is a Python expression in the arguments ``a`` and ``b``; calls by a plain name are of other operators of the
+table. Rows are code of this package or of its user, never of a file that holds a loss.
+"""
+
+import keyword
+import re
+from dataclasses import dataclass
+
+from metalearn.base import require_choice
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One row of the table.
+
+    Args:
+        name: a Python identifier.
+        arity: number of arguments, 1 or 2.
+        torch: the operator on tensors ``a`` (and ``b``), as "torch.tanh(a)"; finite for all finite arguments.
+        derivatives: by each argument, in terms of ``a`` and ``b``. Sums, products, whole powers, numbers and calls of
+            other operators are seen through by the symbolic derivative; any other call, as "torch.sigmoid(a)", is
+            kept as it is.
+        formula: what sympy makes of it, in sympy's own functions, as "log(Max(Abs(a), 1e-7))".
+        latex: how it is typeset, with ``{a}`` and ``{b}`` for the arguments.
+        complexity: what it adds to a loss's complexity, at least 0.
+        protect: what arguments are replaced by before ``torch``, in terms of ``a``, as "torch.abs(a).clamp(min=1e-7)".
+        commutative: whether the arguments may change places.
+        searched: whether evolution uses it, or only losses that were written down.
+    """
+
+    name: str
+    arity: int
+    torch: str
+    derivatives: tuple[str, ...]
+    formula: str
+    latex: str
+    complexity: int = 1
+    protect: str = "a"
+    commutative: bool = False
+    searched: bool = True
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """``("a",)`` or ``("a", "b")``."""
+        return ("a", "b")[: self.arity]
+
+    def code(self, *arguments: str) -> str:
+        """torch code of the operator applied to variables of these names."""
+        guarded = [substitute(self.protect, name, name) for name in arguments]
+        return substitute(self.torch, *guarded)
+
+
+def substitute(formula: str, a: str, b: str = "b") -> str:
+    """The formula with its arguments replaced."""
+    return _ARGUMENT.sub(lambda found: a if found[0] == "a" else b, formula)
+
+
+_ARGUMENT = re.compile(r"(?<![\w.])[ab](?!\w)")
+
+_MIN = ("0.5 + 0.5 * sign(b - a)", "0.5 + 0.5 * sign(a - b)")
+_MAGNITUDE = "torch.abs(a).clamp(min=1e-7)"
+_ROWS = (
+    Operator("add", 2, "a + b", ("1", "1"), "a + b", r"\left({a} + {b}\right)", commutative=True),
+    Operator("sub", 2, "a - b", ("1", "-1"), "a - b", r"\left({a} - {b}\right)"),
+    Operator("mul", 2, "a * b", ("b", "a"), "a * b", r"{a} \cdot {b}", commutative=True),
+    Operator(  # the analytic quotient (Ni, Drieberg and Rockett 2013), smooth and never singular
+        "div",
+        2,
+        "a * torch.rsqrt(1 + b * b)",
+        ("torch.rsqrt(1 + b * b)", "-a * b * torch.rsqrt(1 + b * b) ** 3"),
+        "a / sqrt(1 + b**2)",
+        r"\frac{{{a}}}{{\sqrt{{1 + {b}^2}}}}",
+        complexity=2,
+    ),
+    Operator("sign", 1, "torch.sign(a)", ("0",), "sign(a)", r"\mathrm{{sgn}}\left({a}\right)"),
+    Operator("square", 1, "a * a", ("2 * a",), "a**2", r"\left({a}\right)^2"),
+    Operator("abs", 1, "torch.abs(a)", ("sign(a)",), "Abs(a)", r"\left|{a}\right|"),
+    Operator("tanh", 1, "torch.tanh(a)", ("1 - tanh(a) ** 2",), "tanh(a)", r"\tanh\left({a}\right)", complexity=2),
+    Operator(
+        "log",
+        1,
+        "torch.log(a)",
+        ("torch.where(torch.abs(a) >= 1e-7, torch.sign(a) / torch.abs(a).clamp(min=1e-7), 0.0)",),
+        "log(Max(Abs(a), 1e-7))",
+        r"\log\left|{a}\right|",
+        complexity=2,
+        protect=_MAGNITUDE,
+    ),
+    Operator(
+        "sqrt",
+        1,
+        "torch.sqrt(a)",
+        ("torch.where(torch.abs(a) >= 1e-7, 0.5 * torch.sign(a) * torch.rsqrt(torch.abs(a).clamp(min=1e-7)), 0.0)",),
+        "sqrt(Max(Abs(a), 1e-7))",
+        r"\sqrt{{\left|{a}\right|}}",
+        complexity=2,
+        protect=_MAGNITUDE,
+    ),
+    Operator("min", 2, "torch.minimum(a, b)", _MIN, "Min(a, b)", r"\min\left({a}, {b}\right)", commutative=True),
+    Operator("max", 2, "torch.maximum(a, b)", _MIN[::-1], "Max(a, b)", r"\max\left({a}, {b}\right)", commutative=True),
+)
+OPERATORS: dict[str, Operator] = {row.name: row for row in _ROWS}
+TERMINALS: dict[str, str] = {"y": "y", "p": "p", "1": "1", "-1": "-1"}  # names and how they are typeset
+
+
+def add_operator(row: Operator) -> None:
+    """Add a row, so that losses can be written with it, differentiated, typeset and searched for.
+
+    Raises:
+        ValueError: for a name that is taken or no identifier, or a number of derivatives that is not the arity.
+    """
+    if row.name in OPERATORS or row.name in TERMINALS or not row.name.isidentifier() or keyword.iskeyword(row.name):
+        raise ValueError(f"name is {row.name!r}; accepted: an identifier that is not among {', '.join(OPERATORS)}")
+    if not row.name.isascii() or row.name.startswith("_"):
+        raise ValueError(f"name is {row.name!r}; accepted: ASCII letters, digits and underscores, a letter first")
+    require_choice("arity", row.arity, (1, 2))
+    if len(row.derivatives) != row.arity:
+        raise ValueError(f"derivatives has {len(row.derivatives)} formulas; accepted: {row.arity}, one per argument")
+    OPERATORS[row.name] = row
