@@ -1,0 +1,80 @@
+"""What a search proposes and what it knows of each proposal, in builtins: what checkpoints and hall of fame are made of."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any, NamedTuple
+
+from metalearn.losses.elementwise import ElementwiseLoss
+from metalearn.losses.learned import LearnedLoss
+from metalearn.losses.program import Program, canonical_weights
+from metalearn.losses.taylor import TaylorLoss
+
+
+class Candidate(NamedTuple):
+    """A loss: a program with weights of its edges, or, without a program, the eight numbers of a Taylor polynomial."""
+
+    program: Program | None
+    weights: tuple[float, ...] = ()  # () for all ones
+
+    @property
+    def canonical(self) -> Candidate:
+        """The same loss, written so that equal losses are written alike more often."""
+        if self.program is None:
+            return self
+        weights = canonical_weights(self.program, self.weights) if self.weights else ()
+        return Candidate(self.program.canonical, weights)
+
+    @property
+    def text(self) -> str:
+        """What it is, on one line."""
+        return "taylor" if self.program is None else str(self.program)
+
+    @property
+    def complexity(self) -> int:
+        """That of the program; the number of its numbers for a polynomial."""
+        return len(self.weights) if self.program is None else self.program.complexity
+
+    @property
+    def name(self) -> str:
+        """A short hash that equal candidates share: what draws of its own are keyed by, and the cache."""
+        return hashlib.sha256(repr((self.text, self.weights)).encode()).hexdigest()[:16]
+
+    def loss(self, output: str, **options: Any) -> ElementwiseLoss:
+        """The criterion."""
+        if self.program is None:
+            return TaylorLoss(list(self.weights), output=output, **options)
+        return LearnedLoss(self.program, list(self.weights) or None, output=output, **options)
+
+
+class Scored(NamedTuple):
+    """A candidate, and what became of it."""
+
+    candidate: Candidate  # as it was proposed
+    tuned: tuple[float, ...] = ()  # weights after local search, under which it was trained; () where there was none
+    errors: tuple[float, ...] = ()  # of each task, on validation examples; () where it was never trained to the end
+    verdict: str = "scored"  # or why not: "dead", "not finite", "wrong sign", "rejected", "diverged", "halved"
+
+    @property
+    def error(self) -> float:
+        """Mean over tasks; infinite where it was never trained to the end."""
+        return sum(self.errors) / len(self.errors) if self.errors else math.inf
+
+    @property
+    def best(self) -> Candidate:
+        """The candidate with the weights that its errors are of."""
+        return self.candidate._replace(weights=self.tuned) if self.tuned else self.candidate
+
+    def to_builtins(self) -> dict[str, Any]:
+        """As a checkpoint holds it."""
+        program = self.candidate.program
+        named = {"program": None if program is None else str(program), "weights": list(self.candidate.weights)}
+        return named | {"tuned": list(self.tuned), "errors": list(self.errors), "verdict": self.verdict}
+
+    @classmethod
+    def from_builtins(cls, saved: dict[str, Any]) -> Scored:
+        """The inverse of ``to_builtins``."""
+        program = None if saved["program"] is None else Program.parse(saved["program"])
+        candidate = Candidate(program, tuple(saved["weights"]))
+        return cls(candidate, tuple(saved["tuned"]), tuple(saved["errors"]), saved["verdict"])
