@@ -5,10 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from metalearn.classifier import InContextClassifier
+    from metalearn.losses.learned import LearnedLoss, load_loss
 
-_EXPORTS = {"InContextClassifier": "metalearn.classifier"}  # imported when first asked for: torch takes a second
+_EXPORTS = {  # imported when first asked for: torch takes a second
+    "InContextClassifier": "metalearn.classifier",
+    "LearnedLoss": "metalearn.losses.learned",
+    "load_loss": "metalearn.losses.learned",
+}
 
-__all__ = ["InContextClassifier"]
+__all__ = ["InContextClassifier", "LearnedLoss", "load_loss"]
 
 
 def __getattr__(name: str) -> Any:

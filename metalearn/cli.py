@@ -1,4 +1,4 @@
-"""The command line: ``metalearn fit|validate|test -c config.yaml --run_dir runs/x --ckpt_path last``, ``diagnose``, ``compare``."""
+"""The command line: ``metalearn fit|validate|test -c config.yaml --run_dir runs/x --ckpt_path last``, and other commands."""
 
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 # (The Trainer sets many of its attributes where no type checker sees them, and re-exports names without saying so.)
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import ProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
@@ -35,6 +35,10 @@ import metalearn.estimators.forward
 import metalearn.estimators.implicit
 import metalearn.estimators.recurrent
 import metalearn.estimators.unrolled
+import metalearn.losses.learned
+import metalearn.losses.network
+import metalearn.losses.standard
+import metalearn.losses.taylor
 import metalearn.models.recurrent
 import metalearn.models.transformer
 import metalearn.models.vision
@@ -44,6 +48,7 @@ import metalearn.problems.data_weights
 import metalearn.problems.distillation
 import metalearn.problems.few_shot
 import metalearn.problems.hyperparameters
+import metalearn.problems.learned_loss
 import metalearn.problems.opaque
 import metalearn.problems.schedules
 import metalearn.problems.toys
@@ -52,8 +57,11 @@ import metalearn.tasks.sources
 import metalearn.tasks.synthetic
 import metalearn.training.data
 import metalearn.training.in_context
+import metalearn.training.loss_search
+import metalearn.training.loss_tuning
 import metalearn.training.meta_gradient
 import metalearn.training.multilevel  # noqa: F401
+from metalearn import commands
 from metalearn.base import require_choice
 from metalearn.training.callbacks import Budget, RunCheckpoint
 from metalearn.training.meta_gradient import Evaluated, MetaGradientLearning
@@ -69,6 +77,9 @@ HELP = """usage: metalearn COMMAND ...
   diagnose  a dozen estimators of meta-gradients on a config's own problem, at a shortened horizon, and what follows:
   metalearn diagnose -c configs/meta_gradient/data_cleaning.yaml
   compare   paired statistics over runs:  metalearn compare runs/a runs/b --metric NAME
+  loss      show: the best losses of a search, table and picture:  metalearn loss show runs/x
+            transfer: losses beside standard ones on other data and models, learning rates tuned alike:
+  metalearn loss transfer runs/x --data fashion_mnist --model lenet --seeds 5
 
 'metalearn COMMAND --help' lists the options of a command, 'metalearn fit -c FILE --print_config' the resolved config.
 METALEARN_DEBUG=1 shows the traceback of an error."""
@@ -110,27 +121,15 @@ def _dispatch(arguments: list[str]) -> int:
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
         print(HELP)
-    elif command == "compare":
-        _compare(arguments[1:])
+    elif command in ("compare", "loss"):
+        getattr(commands, command)(arguments[1:])
     elif command == "diagnose":
         _diagnose(arguments[1:])
     elif command in MetalearnCLI.subcommands():
         _run_lightning(arguments)
     else:
-        raise ValueError(f"command is {command!r}; accepted: fit, validate, test, diagnose, compare")
+        raise ValueError(f"command is {command!r}; accepted: fit, validate, test, diagnose, compare, loss")
     return 0
-
-
-def _compare(arguments: list[str]) -> None:
-    from metalearn.analysis.compare import compare
-
-    description = "Compare groups of runs, paired by seed, with the first group."
-    parser = ArgumentParser(prog="metalearn compare", description=description, exit_on_error=False)
-    parser.add_argument(
-        "runs", nargs="+", type=str, help="run folders, or folders of one run per seed; the first is the baseline"
-    )
-    parser.add_function_arguments(compare, skip={"runs"}, as_group=False)
-    compare(**parser.parse_args(arguments).as_dict())
 
 
 def _diagnose(arguments: list[str]) -> None:
@@ -249,7 +248,8 @@ class MetalearnCLI(LightningCLI):
     def after_fit(self) -> None:
         """Say that the run is finished: sweeps trust this file, because an exit code does not tell."""
         trainer, result = self.trainer, self.run_dir / RESULT
-        unfinished = trainer.fast_dev_run or trainer.global_step < trainer.max_steps
+        ended = trainer.global_step >= trainer.max_steps or getattr(self.model, "finished", False)
+        unfinished = trainer.fast_dev_run or not ended
         if unfinished or result.exists() or not trainer.is_global_zero:
             return
         numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}

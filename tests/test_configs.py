@@ -24,12 +24,16 @@ SHRUNK = [
     *("--data.init_args.meta_batch_size=2", "--data.init_args.evaluation_sequences=2"),
     "--model.init_args.compile=false",
 ]
-SHRUNK_BY_TOPIC = {"in_context": SHRUNK, "meta_gradient": SHORT, "multilevel": SHORT}
+SHRUNK_BY_TOPIC = {"in_context": SHRUNK, "loss_tuning": SHORT, "meta_gradient": SHORT, "multilevel": SHORT}
 # By experiment. Principal directions of 3072 pixels take seconds for each of four data sets; mnist_small has them too.
 CHEAPER = {
     "mnist_paper": ("rank: 300", "rank: null"),
     "data_cleaning": ("evaluation_steps: 500", "evaluation_steps: 5"),
     "data_cleaning_few": ("evaluation_steps: 1500", "evaluation_steps: 5"),
+    **dict.fromkeys(
+        ("digits", "digits_pes", "ml3_digits", "adaptive_digits"), ("evaluation_steps: 200", "evaluation_steps: 5")
+    ),
+    "heavy_tailed": ("evaluation_steps: 300", "evaluation_steps: 5"),
 }
 IMAGE_SHAPES = {"mnist": (28, 28), "fashion_mnist": (28, 28), "cifar10": (32, 32, 3), "omniglot": (28, 28)}
 CLASSES = {"omniglot": 30}  # else 10

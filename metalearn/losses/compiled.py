@@ -21,8 +21,9 @@ def compile_loss(program: Program) -> Elementwise:
     return lambda y, p, w: weighted(y, p, w) if len(w) else plain(y, p, w)
 
 
+@functools.lru_cache(maxsize=4096)
 def compile_gradient(program: Program, weighted: bool = True) -> Elementwise | None:
-    """``g(y, p, w)``: the derivative of every entry by ``p``, taken symbolically; None where it is proven to be 0.
+    """``g(y, p, w)``: the derivative of every entry by ``p``, taken symbolically; None where it is proven to be 0. Remembered.
 
     Args:
         program: the loss.
@@ -78,9 +79,8 @@ def _lines(program: Program, weights: Sequence[float] | str | None) -> tuple[lis
         else:
             value = constants[name]
         if place and weights is not None:
-            value = assign(
-                f"{value} * w[{place - 1}]" if weights == "w" else f"{value} * {float(weights[place - 1])!r}"
-            )
+            weight = f"w[{place - 1}]" if weights == "w" else repr(float(weights[place - 1]))
+            value = value if weight == "1.0" else assign(f"{value} * {weight}")
         values.append(value)
     return lines, values[0]
 

@@ -3,17 +3,23 @@
 Shape letters: N examples, K classes or outputs.
 """
 
+import json
+import math
+import sys
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from metalearn.base import Loss, require_choice
 
 OUTPUTS = ("softmax", "sigmoid", "identity")
 REDUCTIONS = ("mean", "sum", "none")
+VERSION = 1  # of saved losses
 
 
 class ElementwiseLoss(Loss):
@@ -26,26 +32,32 @@ class ElementwiseLoss(Loss):
     Args:
         output: "softmax", "sigmoid" or "identity": what is made of raw outputs.
         reduction: "mean", "sum" or "none". The mean is over examples; with ``weight`` and class indices it is the weighted mean.
-        weight: factor of each class's term, (K,); null for ones.
+        weight: factor of each output's term, (K,); null for ones.
         ignore_index: class index of examples that do not count; only for class indices.
 
     Raises:
         ValueError: for values out of range, and shapes that do not fit.
     """
 
+    kind: ClassVar[str]  # what ``load_loss`` and files know it by
+    outputs: ClassVar[tuple[str, ...]] = OUTPUTS  # those it is defined for
+    settings: ClassVar[tuple[str, ...]] = ("output", "reduction", "weight", "ignore_index")  # what a copy is built with
+
     def __init__(
         self,
         output: str = "softmax",
         reduction: str = "mean",
-        weight: Tensor | None = None,
+        weight: Sequence[float] | Tensor | None = None,
         ignore_index: int = -100,
     ):
         super().__init__()
-        require_choice("output", output, OUTPUTS)
+        require_choice("output", output, self.outputs)
         require_choice("reduction", reduction, REDUCTIONS)
+        if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
+            raise ValueError(f"ignore_index is {str(ignore_index)[:40]}; accepted: an integer of 64 bits")
         self.output, self.reduction, self.ignore_index = output, reduction, ignore_index
         self.weight: Tensor | None
-        self.register_buffer("weight", weight)
+        self.register_buffer("weight", None if weight is None else finite_vector("weight", weight))
 
     @abstractmethod
     def terms(self, prediction_NK: Tensor, target_NK: Tensor) -> Tensor:
@@ -57,70 +69,92 @@ class ElementwiseLoss(Loss):
 
     def per_example(self, prediction_NK: Tensor, target_NK: Tensor) -> Tensor:
         terms_NK = self.terms(prediction_NK, target_NK)
-        return (terms_NK if self.weight is None else terms_NK * self.weight).sum(-1)
+        return (terms_NK if self.weight is None else terms_NK * self.weight.to(terms_NK.dtype)).sum(-1)
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         precise = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         with torch.autocast(prediction.device.type, enabled=False):
-            if self.output == "softmax":
-                return self._of_classes(precise, target)
-            return self._of_numbers(precise, target)
-
-    def _of_classes(self, prediction: Tensor, target: Tensor) -> Tensor:
-        axis = 1 if prediction.ndim > 1 else 0
-        with_last = prediction.movedim(axis, -1)
-        num_classes = with_last.shape[-1]
-        if self.weight is not None and self.weight.shape != (num_classes,):
-            raise ValueError(f"weight has shape {tuple(self.weight.shape)}; accepted: ({num_classes},)")
-        if target.is_floating_point():
-            if target.shape != prediction.shape:
-                raise ValueError(
-                    f"target has shape {tuple(target.shape)}; accepted for probabilities: {tuple(prediction.shape)}"
-                )
-            target_NK, counts = target.movedim(axis, -1), None
-        else:
-            if target.shape != with_last.shape[:-1]:
-                raise ValueError(
-                    f"target has shape {tuple(target.shape)}; accepted for class indices: {tuple(with_last.shape[:-1])}"
-                )
-            kept = target != self.ignore_index
-            index = torch.where(kept, target, 0)
-            target_NK = one_hot(index, num_classes, prediction.dtype)
-            counts = kept.to(prediction.dtype) if self.weight is None else kept * self.weight[index]
-            # Examples that do not count must not reach the derivative either, whatever their predictions are.
-            with_last = torch.where(kept.unsqueeze(-1), with_last, torch.zeros((), dtype=with_last.dtype))
-        losses = self._losses(with_last, target_NK.to(prediction.dtype))
-        return self._reduced(losses, counts)
+            if self.output != "softmax":
+                return self._of_numbers(precise, target)
+            by_class = precise.movedim(1 if precise.ndim > 1 else 0, -1)
+            if target.is_floating_point():
+                return self._of_probabilities(by_class, precise.shape, target)
+            return self._of_indices(by_class, target)
 
     def _of_numbers(self, prediction: Tensor, target: Tensor) -> Tensor:
         if prediction.ndim == target.ndim + 1 and prediction.shape[-1] == 1:
             target = target.unsqueeze(-1)
         if prediction.shape != target.shape:
             raise ValueError(f"target has shape {tuple(target.shape)}; accepted: {tuple(prediction.shape)}")
-        target = target.to(prediction.dtype)
         if prediction.ndim < 2:
-            return self._reduced(self._losses(prediction.unsqueeze(-1), target.unsqueeze(-1)), None)
-        return self._reduced(self._losses(prediction, target), None)
+            prediction, target = prediction.unsqueeze(-1), target.unsqueeze(-1)
+        return self._reduced(self._losses(prediction, target.to(prediction.dtype)))
+
+    def _of_probabilities(self, by_class: Tensor, shape: torch.Size, target: Tensor) -> Tensor:
+        if target.shape != shape:
+            raise ValueError(f"target has shape {tuple(target.shape)}; accepted for probabilities: {tuple(shape)}")
+        target = target.movedim(1 if target.ndim > 1 else 0, -1)
+        return self._reduced(self._losses(by_class, target.to(by_class.dtype)))
+
+    def _of_indices(self, by_class: Tensor, target: Tensor) -> Tensor:
+        *shape, num_classes = by_class.shape
+        if list(target.shape) != shape:
+            raise ValueError(f"target has shape {tuple(target.shape)}; accepted for class indices: {tuple(shape)}")
+        kept = target != self.ignore_index
+        index = torch.where(kept, target, 0).long()
+        # Examples that do not count reach neither the value nor the derivative, whatever their predictions are.
+        losses = self._losses(
+            torch.where(kept.unsqueeze(-1), by_class, 0.0), one_hot(index, num_classes, by_class.dtype)
+        )
+        counted = kept if self.weight is None else kept * self.weight[index]
+        return self._reduced(torch.where(kept, losses, 0.0), counted.to(losses.dtype).sum())
 
     def _losses(self, prediction: Tensor, target: Tensor) -> Tensor:
-        shape = -1, prediction.shape[-1]
-        flat = self.per_example(prediction.reshape(shape), target.reshape(shape))
+        num_outputs = prediction.shape[-1]
+        if self.weight is not None and self.weight.shape != (num_outputs,):
+            raise ValueError(f"weight has shape {tuple(self.weight.shape)}; accepted: ({num_outputs},)")
+        flat = self.per_example(prediction.reshape(-1, num_outputs), target.reshape(-1, num_outputs))
         return flat.reshape(prediction.shape[:-1])
 
-    def _reduced(self, losses: Tensor, counts: Tensor | None) -> Tensor:
-        """``counts``: the weight of each example in the mean, 0 for those that are left out; None for ones."""
-        if counts is not None:
-            losses = torch.where(counts.bool() | (self.weight is not None), losses, 0.0) * (counts != 0)
+    def _reduced(self, losses: Tensor, counted: Tensor | None = None) -> Tensor:
+        """``counted``: what the mean divides by; None for the number of losses."""
         if self.reduction == "none":
             return losses
         total = losses.sum()
         if self.reduction == "sum":
             return total
-        return total / (losses.numel() if counts is None else counts.sum())
+        return total / (losses.numel() if counted is None else counted)
+
+    # -- saving ----------------------------------------------------------------------------------------------------------
 
     def options(self) -> dict[str, Any]:
-        """The settings that a copy is built with."""
-        return {"output": self.output, "reduction": self.reduction, "ignore_index": self.ignore_index}
+        """The settings that a copy is built with, in builtins."""
+        found = {name: getattr(self, name) for name in self.settings}
+        return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in found.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole loss in builtins, as ``loss_from_json`` reads it."""
+        return {"version": VERSION, "loss": self.kind} | self.options()
+
+    def save(self, path: str | Path) -> None:
+        """Write ``to_json`` to a file, whole or not at all."""
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
+        partial.replace(path)
+
+
+class WeightedLoss(ElementwiseLoss):
+    """An elementwise loss of one vector of parameters, which is saved with it and trained where ``trainable``."""
+
+    weights: nn.Parameter
+
+    def _set_weights(self, values: Sequence[float] | Tensor, count: int, trainable: bool) -> None:
+        vector = finite_vector("weights", values, count)
+        self.weights = nn.Parameter(vector.to(torch.get_default_dtype()), requires_grad=trainable)
+
+    def to_json(self) -> dict[str, Any]:
+        return super().to_json() | {"weights": self.weights.tolist()}
 
 
 def activate(prediction: Tensor, output: str) -> Tensor:
@@ -134,3 +168,35 @@ def one_hot(index: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
     """Probabilities (..., K) of class indices (...)."""
     zeros = torch.zeros((*index.shape, num_classes), dtype=dtype, device=index.device)
     return zeros.scatter(-1, index.unsqueeze(-1), 1.0)
+
+
+def finite_vector(name: str, values: Any, count: int | None = None) -> Tensor:
+    """A copy of ``values`` as a floating-point vector; ``ValueError`` unless they are numbers, finite and ``count`` of them."""
+    wanted = f"{name} is {{}}; accepted: {'' if count is None else f'{count} '}finite numbers"
+    if isinstance(values, Tensor):
+        vector = values.detach().clone().to(torch.promote_types(values.dtype, torch.float32))
+    else:
+        if not isinstance(values, list | tuple) or not all(map(is_number, values)):
+            raise ValueError(wanted.format(shown(values)))
+        vector = torch.tensor(values, dtype=torch.float64).to(torch.get_default_dtype())
+    if vector.ndim != 1 or (count is not None and len(vector) != count) or not vector.isfinite().all():
+        raise ValueError(wanted.format(f"{shown(values)} of shape {tuple(vector.shape)}"))
+    return vector
+
+
+def require_number(name: str, value: Any, low: float, high: float = math.inf) -> float:
+    """The number as a float; ``ValueError`` unless it is one, finite and ``low <= value <= high``."""
+    if not is_number(value) or not low <= value <= high:
+        raise ValueError(f"{name} is {shown(value)}; accepted: a number, {low} <= {name} <= {high}")
+    return float(value)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is an int or a float, no bool, that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def shown(value: object) -> str:
+    """A short ASCII text of anything, however large or deep, for messages."""
+    text = ascii(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,27 +1,23 @@
 """The loss that a user takes home: a program with weights as a criterion, and the one function that loads any loss."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from metalearn.base import require_choice
 from metalearn.losses import compiled
-from metalearn.losses.elementwise import OUTPUTS, ElementwiseLoss
+from metalearn.losses.elementwise import VERSION, ElementwiseLoss, WeightedLoss, shown
 from metalearn.losses.network import NetworkLoss
-from metalearn.losses.program import MAX_NODES, Program
+from metalearn.losses.program import Program
 from metalearn.losses.standard import STANDARD
 from metalearn.losses.taylor import TaylorLoss
 
-VERSION = 1
 MAX_BYTES = 2**20
 
 
-class LearnedLoss(ElementwiseLoss):
+class LearnedLoss(WeightedLoss):
     """A symbolic loss as a criterion: ``l(y_nk, p_nk)`` of a program, summed over outputs, averaged over examples.
 
     ``p`` is the softmax or sigmoid of the raw outputs, or the raw output itself; ``y`` the target. Its only parameter,
@@ -42,6 +38,8 @@ class LearnedLoss(ElementwiseLoss):
     ("phase transformer"). Differs from the paper: its root's weight, which is never used, is left out.
     """
 
+    kind = "program"
+
     def __init__(
         self,
         program: Program | str,
@@ -53,10 +51,7 @@ class LearnedLoss(ElementwiseLoss):
         super().__init__(**options)
         self.program = program if isinstance(program, Program) else Program.parse(program)
         count = self.program.num_weights
-        values = torch.ones(count) if weights is None else torch.as_tensor(weights).detach().clone()
-        if values.shape != (count,) or not values.isfinite().all():
-            raise ValueError(f"weights is {str(weights)[:80]}; accepted: {count} finite numbers")
-        self.weights = nn.Parameter(values.to(torch.get_default_dtype()), requires_grad=trainable)
+        self._set_weights([1.0] * count if weights is None else weights, count, trainable)
         self.provenance = dict(provenance or {})
         self._elementwise = compiled.compile_loss(self.program)
 
@@ -64,7 +59,7 @@ class LearnedLoss(ElementwiseLoss):
         return self._elementwise(target_NK, self.probabilities(prediction_NK), self.weights)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_elementwise"}
+        return {name: value for name, value in super().__getstate__().items() if name != "_elementwise"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -79,7 +74,7 @@ class LearnedLoss(ElementwiseLoss):
         """The sympy expression in ``y`` and ``p``, of functions of our own; ``.doit()`` writes out their definitions."""
         from metalearn.losses import symbolic
 
-        return symbolic.expression(self.program, self._current())
+        return symbolic.expression(self.program, self.weights.tolist())
 
     def latex(self) -> str:
         """LaTeX of the loss, numbers to four digits."""
@@ -89,25 +84,17 @@ class LearnedLoss(ElementwiseLoss):
 
     def source(self) -> str:
         """Python code of a function ``loss(y, p)``, entry by entry, that needs torch alone."""
-        return compiled.source(self.program, self._current())
+        return compiled.source(self.program, self.weights.tolist())
 
     def to_json(self) -> dict[str, Any]:
-        """The whole loss in builtins."""
-        saved = {"version": VERSION, "loss": "program", "program": list(self.program.names), "text": str(self.program)}
-        return saved | {"weights": self._current(), "provenance": self.provenance} | self.options()
-
-    def save(self, path: str | Path) -> None:
-        """Write ``to_json`` to a file, whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.to_json(), indent=1))
-        partial.replace(path)
-
-    def _current(self) -> list[float]:
-        return [float(weight) for weight in self.weights.detach()]
+        named = {"program": list(self.program.names), "text": str(self.program), "provenance": self.provenance}
+        return super().to_json() | named
 
 
-_KINDS = {"program", "taylor", "network"}
+KINDS: dict[str, type[ElementwiseLoss]] = {
+    **STANDARD,
+    **{loss.kind: loss for loss in (LearnedLoss, TaylorLoss, NetworkLoss)},
+}
 
 
 def load_loss(loss: str | Path | Program, **options: Any) -> ElementwiseLoss:
@@ -116,8 +103,8 @@ def load_loss(loss: str | Path | Program, **options: Any) -> ElementwiseLoss:
     Args:
         loss: as "mul(-1,mul(y,log(p)))", "runs/loss/best.json" or "focal". A name with the suffix .json, or a ``Path``, is a
             file.
-        options: of the criterion: ``output``, ``reduction``, ``weight``, ``ignore_index``, ``trainable``; those that are
-            given take the place of what a file says.
+        options: of the criterion: ``output``, ``reduction``, ``weight``, ``ignore_index``, and its own, as ``trainable``
+            or ``gamma``; those that are given take the place of what a file says.
 
     Raises:
         ValueError: where there is no such file, or for what is no loss. Text and files may come from anybody: nothing in
@@ -130,51 +117,51 @@ def load_loss(loss: str | Path | Program, **options: Any) -> ElementwiseLoss:
     if isinstance(loss, str) and loss in STANDARD:
         return STANDARD[loss](**options)
     try:
-        return LearnedLoss(Program.parse(loss), **options)
+        program = Program.parse(loss)
     except ValueError as error:
         raise ValueError(f"{error}; or a file that ends in .json, or one of {', '.join(STANDARD)}") from None
+    return LearnedLoss(program, **options)
 
 
 def loss_from_json(saved: Any, **options: Any) -> ElementwiseLoss:
-    """The loss that ``to_json`` described.
+    """The loss that ``to_json`` described; ``options`` take the place of what it says.
 
     Raises:
         ValueError: for what is no such description.
     """
     if not isinstance(saved, dict) or saved.get("version") != VERSION:
-        version = saved.get("version") if isinstance(saved, dict) else type(saved).__name__
-        raise ValueError(f"version is {str(version)[:40]}; accepted: a loss saved in version {VERSION}")
-    kind = saved.get("loss")
-    require_choice("loss", kind if isinstance(kind, str) else type(kind).__name__, tuple(_KINDS))
-    settings = {name: saved[name] for name in ("output", "reduction", "ignore_index") if name in saved} | options
-    require_choice("output", settings.get("output", "softmax"), OUTPUTS)
-    weights = _numbers(saved.get("weights"))
-    if kind == "taylor":
-        return TaylorLoss(weights, **settings)
-    if kind == "network":
-        return NetworkLoss(weights=weights, **settings)
-    names, provenance = saved.get("program"), saved.get("provenance", {})
-    if not isinstance(names, list) or len(names) > MAX_NODES:
-        raise ValueError(f"program is {str(names)[:40]}; accepted: a list of at most {MAX_NODES} names")
-    if not isinstance(provenance, dict):
-        raise ValueError(f"provenance is {str(provenance)[:40]}; accepted: named values")
-    return LearnedLoss(Program(tuple(names)), weights, provenance=provenance, **settings)
+        version = saved.get("version") if isinstance(saved, dict) else saved
+        raise ValueError(f"version is {shown(version)}; accepted: a loss saved in version {VERSION}")
+    name = saved.get("loss")
+    if not isinstance(name, str) or name not in KINDS:
+        raise ValueError(f"loss is {shown(name)}; accepted: {', '.join(KINDS)}")
+    kind = KINDS[name]
+    settings = {name: saved[name] for name in kind.settings if name in saved} | options
+    if issubclass(kind, WeightedLoss):
+        settings = {"weights": _required(saved, "weights", list)} | settings
+    if kind is not LearnedLoss:
+        return kind(**settings)
+    program = Program(tuple(_required(saved, "program", list)))
+    return LearnedLoss(program, **{"provenance": _required(saved, "provenance", dict)} | settings)
 
 
-def _numbers(values: Any) -> list[float]:
-    if not isinstance(values, list) or not all(
-        type(value) in (int, float) and math.isfinite(value) for value in values
-    ):
-        raise ValueError(f"weights is {str(values)[:40]}; accepted: a list of finite numbers")
-    return values
+def _required(saved: dict[str, Any], name: str, kind: type) -> Any:
+    if not isinstance(saved.get(name), kind):
+        raise ValueError(f"{name} is {shown(saved.get(name))}; accepted: a {kind.__name__}")
+    return saved[name]
 
 
 def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise ValueError(f"there is no file {str(path)[:200]}; accepted: a loss that was saved as JSON")
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; accepted: at most {MAX_BYTES}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {str(error)[:80]}; accepted: a loss that was saved as JSON") from None
+        if not path.is_file():
+            raise ValueError("there is no such file")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"it has over {MAX_BYTES} bytes")
+        return json.loads(content.decode())
+    except (ValueError, OSError, RecursionError) as error:
+        reason = shown(str(error))
+        raise ValueError(
+            f"{shown(str(path))} cannot be read: {reason}; accepted: a loss that was saved as JSON"
+        ) from None

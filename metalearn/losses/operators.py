@@ -4,11 +4,12 @@ A formula is a Python expression in the arguments ``a`` and ``b``; calls by a pl
 table. Rows are code of this package or of its user, never of a file that holds a loss.
 """
 
+import ast
 import keyword
 import re
 from dataclasses import dataclass
 
-from metalearn.base import require_choice
+from metalearn.base import require_choice, require_range
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Operator:
             other operators are seen through by the symbolic derivative; any other call, as "torch.sigmoid(a)", is
             kept as it is.
         formula: what sympy makes of it, in sympy's own functions, as "log(Max(Abs(a), 1e-7))".
-        latex: how it is typeset, with ``{a}`` and ``{b}`` for the arguments.
+        latex: how it is typeset: a product or what needs no brackets within one. ``{a}`` and ``{b}`` are the arguments;
+            ``{a:factor}`` has brackets around sums and negative values, ``{a:base}`` around all but names and numbers.
         complexity: what it adds to a loss's complexity, at least 0.
         protect: what arguments are replaced by before ``torch``, in terms of ``a``, as "torch.abs(a).clamp(min=1e-7)".
         commutative: whether the arguments may change places.
@@ -48,7 +50,7 @@ class Operator:
 
     def code(self, *arguments: str) -> str:
         """torch code of the operator applied to variables of these names."""
-        guarded = [substitute(self.protect, name, name) for name in arguments]
+        guarded = [name if self.protect == "a" else f"({substitute(self.protect, name)})" for name in arguments]
         return substitute(self.torch, *guarded)
 
 
@@ -62,20 +64,20 @@ _ARGUMENT = re.compile(r"(?<![\w.])[ab](?!\w)")
 _MIN = ("0.5 + 0.5 * sign(b - a)", "0.5 + 0.5 * sign(a - b)")
 _MAGNITUDE = "torch.abs(a).clamp(min=1e-7)"
 _ROWS = (
-    Operator("add", 2, "a + b", ("1", "1"), "a + b", r"\left({a} + {b}\right)", commutative=True),
-    Operator("sub", 2, "a - b", ("1", "-1"), "a - b", r"\left({a} - {b}\right)"),
-    Operator("mul", 2, "a * b", ("b", "a"), "a * b", r"{a} \cdot {b}", commutative=True),
+    Operator("add", 2, "a + b", ("1", "1"), "a + b", r"\left({a} + {b:factor}\right)", commutative=True),
+    Operator("sub", 2, "a - b", ("1", "-1"), "a - b", r"\left({a} - {b:factor}\right)"),
+    Operator("mul", 2, "a * b", ("b", "a"), "a * b", r"{a:factor} \cdot {b:factor}", commutative=True),
     Operator(  # the analytic quotient (Ni, Drieberg and Rockett 2013), smooth and never singular
         "div",
         2,
         "a * torch.rsqrt(1 + b * b)",
         ("torch.rsqrt(1 + b * b)", "-a * b * torch.rsqrt(1 + b * b) ** 3"),
         "a / sqrt(1 + b**2)",
-        r"\frac{{{a}}}{{\sqrt{{1 + {b}^2}}}}",
+        r"\frac{{{a}}}{{\sqrt{{1 + {b:base}^2}}}}",
         complexity=2,
     ),
     Operator("sign", 1, "torch.sign(a)", ("0",), "sign(a)", r"\mathrm{{sgn}}\left({a}\right)"),
-    Operator("square", 1, "a * a", ("2 * a",), "a**2", r"\left({a}\right)^2"),
+    Operator("square", 1, "a * a", ("2 * a",), "a**2", r"{a:base}^2"),
     Operator("abs", 1, "torch.abs(a)", ("sign(a)",), "Abs(a)", r"\left|{a}\right|"),
     Operator("tanh", 1, "torch.tanh(a)", ("1 - tanh(a) ** 2",), "tanh(a)", r"\tanh\left({a}\right)", complexity=2),
     Operator(
@@ -109,13 +111,30 @@ def add_operator(row: Operator) -> None:
     """Add a row, so that losses can be written with it, differentiated, typeset and searched for.
 
     Raises:
-        ValueError: for a name that is taken or no identifier, or a number of derivatives that is not the arity.
+        ValueError: for a name that is taken or no identifier, a number of derivatives that is not the arity, a negative
+            complexity, and formulas that are no expressions of the arguments.
     """
     if row.name in OPERATORS or row.name in TERMINALS or not row.name.isidentifier() or keyword.iskeyword(row.name):
         raise ValueError(f"name is {row.name!r}; accepted: an identifier that is not among {', '.join(OPERATORS)}")
     if not row.name.isascii() or row.name.startswith("_"):
         raise ValueError(f"name is {row.name!r}; accepted: ASCII letters, digits and underscores, a letter first")
     require_choice("arity", row.arity, (1, 2))
-    if len(row.derivatives) != row.arity:
-        raise ValueError(f"derivatives has {len(row.derivatives)} formulas; accepted: {row.arity}, one per argument")
+    require_range("complexity", row.complexity, 0)
+    if not isinstance(row.derivatives, tuple) or len(row.derivatives) != row.arity:
+        raise ValueError(f"derivatives is {row.derivatives!r}; accepted: {row.arity} formulas, one per argument")
+    called = {"torch", row.name, *OPERATORS}
+    for formula in (row.torch, *row.derivatives):
+        _require_expression(formula, called | set(row.arguments))
+    _require_expression(row.protect, {"a", "torch"})
+    _require_expression(row.formula, None)
     OPERATORS[row.name] = row
+
+
+def _require_expression(formula: str, names: set[str] | None) -> None:
+    try:
+        parsed = ast.parse(formula, mode="eval")
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"formula is {formula!r}: {error}; accepted: a Python expression") from None
+    found = {node.id for node in ast.walk(parsed) if isinstance(node, ast.Name)}
+    if names is not None and not found <= names:
+        raise ValueError(f"formula is {formula!r}; accepted: an expression of {', '.join(sorted(names))}")

@@ -171,20 +171,19 @@ def _names(text: str) -> Iterator[str]:
     missing: list[int] = []  # arguments still to come, of every open operator
     position, end = 0, len(text.rstrip())
 
-    def take(expected: str) -> str:
+    def take(expected: str) -> tuple[str, int]:
         nonlocal position
         found = _TOKEN.match(text, position)
         token = (found[1] or found[2]) if found else ""
         if not found or (token in "(),") != (expected in "(),") or (expected in "()," and token != expected):
-            start = position + len(text[position:]) - len(text[position:].lstrip())
+            start = _next(text, position)
             saw = _short(token or text[start : start + 12]) if start < end else "the end"
             raise ValueError(f"the loss has {saw} at position {start}; accepted: {_expected(expected)}")
         position = found.end()
-        return token
+        return token, position - len(token)
 
     while True:
-        start = position
-        name = take("name")
+        name, start = take("name")
         if name not in OPERATORS and name not in TERMINALS:
             raise ValueError(f"the loss has {_short(name)} at position {start}; accepted: {_vocabulary()}")
         yield name
@@ -203,7 +202,13 @@ def _names(text: str) -> Iterator[str]:
         if not missing:
             break
     if position < end:
-        raise ValueError(f"the loss goes on at position {position}: {_short(text[position:])}; accepted: the end")
+        start = _next(text, position)
+        raise ValueError(f"the loss goes on at position {start}: {_short(text[start:end][:40])}; accepted: the end")
+
+
+def _next(text: str, position: int) -> int:
+    """Where the next thing that is no blank is."""
+    return len(text) - len(text[position:].lstrip())
 
 
 def _expected(token: str) -> str:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from metalearn.base import Loss
 from metalearn.losses.elementwise import ElementwiseLoss
 from metalearn.losses.learned import LearnedLoss
 from metalearn.losses.program import Program, canonical_weights
 from metalearn.losses.taylor import TaylorLoss
+from metalearn.search.gradients import CandidateGradients, MixedGradients, ModuleGradients, SymbolicGradients
 
 
 class Candidate(NamedTuple):
@@ -30,6 +36,11 @@ class Candidate(NamedTuple):
     def text(self) -> str:
         """What it is, on one line."""
         return "taylor" if self.program is None else str(self.program)
+
+    @property
+    def num_weights(self) -> int:
+        """Numbers that can be tuned."""
+        return len(self.weights) if self.program is None else self.program.num_weights
 
     @property
     def complexity(self) -> int:
@@ -78,3 +89,25 @@ class Scored(NamedTuple):
         program = None if saved["program"] is None else Program.parse(saved["program"])
         candidate = Candidate(program, tuple(saved["weights"]))
         return cls(candidate, tuple(saved["tuned"]), tuple(saved["errors"]), saved["verdict"])
+
+
+def gradients_of(losses: Sequence[Candidate | Loss], output: str) -> CandidateGradients:
+    """The gradients of candidates and of finished losses as one population, in their order; programs by generated code."""
+    symbolic: list[tuple[int, Program, Tensor]] = []
+    others: list[tuple[int, Loss]] = []
+    for place, loss in enumerate(losses):
+        if isinstance(loss, LearnedLoss):
+            symbolic.append((place, loss.program, loss.weights.detach()))
+        elif isinstance(loss, Candidate) and loss.program is not None:
+            symbolic.append((place, loss.program, torch.tensor(loss.weights, dtype=torch.float64)))
+        else:
+            others.append((place, loss.loss(output) if isinstance(loss, Candidate) else loss))
+    parts: list[CandidateGradients] = []
+    if symbolic:
+        parts.append(SymbolicGradients([row[1] for row in symbolic], [row[2] for row in symbolic], output))
+    if others:
+        parts.append(ModuleGradients([loss for _, loss in others]))
+    if len(parts) == 1:
+        return parts[0]
+    order = [place for place, *_ in symbolic] + [place for place, _ in others]
+    return MixedGradients(parts).select(sorted(range(len(order)), key=order.__getitem__))
