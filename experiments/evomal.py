@@ -2,7 +2,8 @@
 
 A search is an endless iterator of ``Generation``. ``cut`` follows it until it has used so many evaluations and so many
 seconds, and says what was the best at both points. An evaluation is a candidate that was proposed, whether it was rejected
-at once or trained; seconds are of CPU time of one thread, which do not depend on what else the machine does.
+at once or trained; seconds are of CPU time of one thread, which hardly depend on what else the machine does, on a GPU of
+wall time.
 """
 
 import functools
@@ -10,7 +11,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from metalearn.losses.network import NetworkLoss
 from metalearn.models.vision import MLP, LeNet
 from metalearn.optim.first_order import SGD, Adam
 from metalearn.problems.learned_loss import LossTask
-from metalearn.random import fold, key
+from metalearn.random import fold
 from metalearn.search.candidates import gradients_of
 from metalearn.search.evaluation import Evaluation
 from metalearn.search.evolution import GeneticProgramming, RandomSearch, Strategy, TaylorEvolution
@@ -39,7 +40,8 @@ from metalearn.tasks.synthetic import HeavyTailedRegression
 IMAGES, SHARE = 4000, 0.4  # of a large set that is trained and validated on, and the share of it that validates
 INNER_RATE = 0.01  # of the one step that local search looks through, and of ML3's
 ML3_RATE = 1e-3  # of Adam on the weights of a loss that is a network
-SEARCHES = ("evomal", "gp_lfl", "random", "taylor", "ml3")
+SEARCHES = ("evomal", "evomal_seeded", "gp_lfl", "random", "taylor", "ml3")
+SEEDS = {"cross_entropy": "mul(-1,mul(y,log(p)))", "mse": "square(sub(y,p))"}  # as programs
 
 
 class Scale(NamedTuple):
@@ -58,11 +60,11 @@ class Scale(NamedTuple):
 
 
 SCALES = {  # by model: what an hour on one core has room for
-    "mlp": Scale(20, 8, 30, 0.01, 200, 50, 4, 400, 15, 60),
-    "linear": Scale(20, 8, 30, 0.01, 200, 50, 4, 400, 15, 60),
-    "lenet": Scale(16, 6, 25, 0.01, 150, 50, 4, 240, 12, 40),
+    "mlp": Scale(32, 8, 25, 0.01, 150, 50, 4, 300, 12, 50),
+    "linear": Scale(32, 8, 25, 0.01, 150, 50, 4, 300, 12, 50),
+    "lenet": Scale(24, 7, 20, 0.01, 120, 50, 4, 200, 10, 40),
 }
-SMOKE = Scale(6, 1, 2, 0.01, 6, 5, 2, 8, 1, 3)
+SMOKE = Scale(16, 1, 2, 0.01, 6, 5, 2, 8, 1, 3)
 PAPER = Scale(25, 50, 250, 1e-3, 500, 100, 4, 2000, 50, 500)
 
 
@@ -117,6 +119,15 @@ def open_task(data: str, model: str) -> LossTask:
     return task
 
 
+def rates(task: LossTask) -> list[float]:
+    """Nine learning rates, four a decade, around that of the search.
+
+    So close, because the losses that a search finds suit its rate, and between two rates a standard loss would lose.
+    """
+    assert isinstance(task.rule, SGD)
+    return [task.rule.settings["lr"] * 10 ** (k / 4) for k in range(-4, 5)]
+
+
 # -- searches --------------------------------------------------------------------------------------------------------
 
 
@@ -137,8 +148,15 @@ class Best(NamedTuple):
     seconds: float
 
 
-def cut(generations: Iterator[Generation], evaluations: int, seconds: float | None = None) -> tuple[Best, Best]:
-    """The best after so many evaluations, and after so many seconds of CPU time.
+def clock(device: torch.device) -> float:
+    """Seconds that searches are measured by: of CPU time, on a GPU of wall time."""
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
+
+
+def cut(
+    generations: Iterator[Generation], evaluations: int, seconds: float | None = None, device: str = "cpu"
+) -> tuple[Best, Best]:
+    """The best after so many evaluations, and after so many seconds.
 
     The generation in which evaluations or seconds run out counts as a whole.
 
@@ -146,11 +164,13 @@ def cut(generations: Iterator[Generation], evaluations: int, seconds: float | No
         generations: an endless search.
         evaluations: at least 1.
         seconds: None for as many as the evaluations take.
+        device: that the search computes on.
     """
-    started, best, by_evaluations = time.process_time(), Best(math.inf, None, 0, 0.0), None
+    where = torch.device(device)
+    started, best, by_evaluations = clock(where), Best(math.inf, None, 0, 0.0), None
     by_seconds: Best | None = None
     for done in generations:
-        spent = time.process_time() - started
+        spent = clock(where) - started
         error, loss = (done.error, done.loss) if done.error < best.error else (best.error, best.loss)
         best = Best(error, loss, best.evaluations + done.evaluations, spent)
         if by_evaluations is None and best.evaluations >= evaluations:
@@ -163,40 +183,40 @@ def cut(generations: Iterator[Generation], evaluations: int, seconds: float | No
     raise AssertionError("a search never ends by itself")
 
 
-def evaluation(task: LossTask, scale: Scale, seed: int, local: bool, **training: Any) -> Evaluation:
-    """How candidates of a seed are scored: from the same start, on the same batches, whatever proposes them."""
+def evaluation(task: LossTask, scale: Scale, key: Tensor, local: bool, **training: Any) -> Evaluation:
+    """How candidates of a trial are scored: from the same start, on the same batches, whatever proposes them."""
     search = LocalSearch(scale.local_steps, lr=scale.local_rate, inner_lr=INNER_RATE) if local else None
     runs = PopulationTraining(scale.train_steps, **training)
-    return Evaluation([task], runs, Screening(rejection_steps=scale.rejection_steps), search, key(seed, "evaluation"))
+    return Evaluation([task], runs, Screening(rejection_steps=scale.rejection_steps), search, fold(key, "evaluation"))
 
 
-def evolve(strategy: Strategy, scored_by: Evaluation, seed: int) -> Iterator[Generation]:
+def evolve(strategy: Strategy, scored_by: Evaluation, key: Tensor) -> Iterator[Generation]:
     """The generations of a strategy."""
     population = []
     for generation in itertools.count():
-        children = scored_by.score(strategy.ask(generation, population, key(seed, "ask", generation)))
+        children = scored_by.score(strategy.ask(generation, population, fold(key, "ask", generation)))
         population = strategy.survive(population, children)
         best = min(children, key=standing)
         found = best.best.loss(scored_by.task.output) if math.isfinite(best.error) else None
         yield Generation(len(children), best.error, found)
 
 
-def train_networks(task: LossTask, scale: Scale, seed: int) -> Iterator[Generation]:
+def train_networks(task: LossTask, scale: Scale, key: Tensor) -> Iterator[Generation]:
     """ML3: losses that are networks, trained as local search trains weights, each looked at every ``local_steps`` meta-steps.
 
     So an evaluation is what one of EvoMAL's is: meta-steps, and a training run.
     """
-    window, own, rule = Episode(task, SGD(INNER_RATE), 1), key(seed, "ml3"), Adam(ML3_RATE)
+    window, own, rule = Episode(task, SGD(INNER_RATE), 1), fold(key, "ml3"), Adam(ML3_RATE)
     losses = [NetworkLoss() for _ in range(scale.restarts)]
     for restart, loss in enumerate(losses):
         loss.reset_parameters(fold(own, "start", restart))
-    meta = {"weights": torch.stack([loss.weights.detach() for loss in losses])}
+    meta = {"weights": torch.stack([loss.weights.detach() for loss in losses]).to(key.device)}
     state, slopes = rule.init({}, meta), [network_slope] * scale.restarts
     for look in itertools.count():
         for step in range(look * scale.local_steps, (look + 1) * scale.local_steps):
             found = one_step_gradients(window, slopes, meta["weights"].unbind(), fold(own, "step", step))
             meta, state = rule.update({}, {"weights": torch.stack(found)}, state, meta)
-        yield _looked_at(task, meta["weights"], scale, seed)
+        yield _looked_at(task, meta["weights"], scale, key)
 
 
 def network_slope(y: Tensor, p: Tensor, weights: Tensor) -> Tensor:
@@ -207,36 +227,44 @@ def network_slope(y: Tensor, p: Tensor, weights: Tensor) -> Tensor:
     return torch.autograd.grad(total, p, create_graph=True)[0]
 
 
-def _looked_at(task: LossTask, weights: Tensor, scale: Scale, seed: int) -> Generation:
+def _looked_at(task: LossTask, weights: Tensor, scale: Scale, key: Tensor) -> Generation:
     losses = [NetworkLoss(own, output=task.output) for own in weights.unbind()]
-    training = PopulationTraining(scale.train_steps)
-    trained = training.train(task, gradients_of(losses, task.output), key(seed, "evaluation", "train", 0))
-    errors = training.errors(task, trained, "validation").tolist()
+    errors = score(task, losses, scale, key)
     place = errors.index(min(errors))
     return Generation(len(losses), errors[place], losses[place] if math.isfinite(errors[place]) else None)
 
 
-def searching(method: str, task: LossTask, scale: Scale, seed: int) -> Iterator[Generation]:
+def score(task: LossTask, losses: Sequence[ElementwiseLoss], scale: Scale, key: Tensor) -> list[float]:
+    """Validation errors of losses, from the start and on the batches that ``evaluation`` scores candidates with."""
+    training, own = PopulationTraining(scale.train_steps), fold(fold(key, "evaluation"), "train", 0)
+    trained = training.train(task, gradients_of(losses, task.output), own)
+    return training.errors(task, trained, "validation").tolist()
+
+
+def searching(method: str, task: LossTask, scale: Scale, key: Tensor) -> Iterator[Generation]:
     """The generations of one of ``SEARCHES``."""
     size = scale.population
     match method:
         case "evomal":
-            return evolve(GeneticProgramming(size), evaluation(task, scale, seed, local=True), seed)
+            return evolve(GeneticProgramming(size), evaluation(task, scale, key, local=True), key)
+        case "evomal_seeded":
+            strategy = GeneticProgramming(size, seeds=[SEEDS[task.own_loss]])
+            return evolve(strategy, evaluation(task, scale, key, local=True), key)
         case "gp_lfl":
-            return evolve(GeneticProgramming(size), evaluation(task, scale, seed, local=False), seed)
+            return evolve(GeneticProgramming(size), evaluation(task, scale, key, local=False), key)
         case "random":
-            return evolve(RandomSearch(size), evaluation(task, scale, seed, local=True), seed)
+            return evolve(RandomSearch(size), evaluation(task, scale, key, local=True), key)
         case "taylor":
-            return evolve(TaylorEvolution(size), evaluation(task, scale, seed, local=False), seed)
+            return evolve(TaylorEvolution(size), evaluation(task, scale, key, local=False), key)
         case "ml3":
-            return train_networks(task, scale, seed)
+            return train_networks(task, scale, key)
     raise ValueError(f"method is {method!r}; accepted: {', '.join(SEARCHES)}")
 
 
-def warm_up(task: LossTask) -> None:
+def warm_up(task: LossTask, key: Tensor) -> None:
     """Everything once, so that imports and first calls count in no search's seconds."""
     for method in SEARCHES:
-        next(searching(method, task, SMOKE, 0))
+        next(searching(method, task, SMOKE, key))
 
 
 # -- trials ----------------------------------------------------------------------------------------------------------

@@ -10,61 +10,63 @@ Every variant searches with the same seeds, so from the same first generation, f
 - halving: half of the population stops after a quarter of the steps, half of the rest after a half;
 - tabulated: gradients of losses from tables.
 
-Reported: the error of the loss that won, re-scored exactly, with fresh starts and batches, on examples that the search has not
-seen, each seed the mean over ``RESCORED`` runs; CPU seconds of the search; candidates that were trained; differences from
-"full" paired by seed. Errors of searches that found nothing are infinite. Every run has the task's own learning rate, by which
-the search chose.
+Reported: the test error under the loss that won, re-scored exactly with fresh starts and batches, each seed the mean over
+``RESCORED`` runs, beside that under the standard loss; CPU seconds of the search; candidates that were trained; differences
+from "full" paired by seed. Searches that found nothing have no error, which "found" tells. Every run has the task's own
+learning rate, which the search chose by.
 """
 
 import argparse
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from experiments import evomal
-from experiments.evomal import Scale
+from experiments.evomal import Generation, Scale
+from metalearn import random
 from metalearn.analysis.compare import format_table, paired_comparison, write_table
 from metalearn.analysis.trials import keep_trial, summarise_trials, trial_frame
 from metalearn.base import require_range
 from metalearn.problems.learned_loss import LossTask
-from metalearn.random import key
+from metalearn.random import fold
 from metalearn.search.evaluation import Evaluation
 from metalearn.search.evolution import GeneticProgramming
 from metalearn.search.finalists import Rescoring
 from metalearn.search.halving import Halving
 
 RESCORED = 5
-VALUES = {"error": 4, "own_loss": 4, "seconds": 1, "trained": 1}
+VALUES = {"found": 1, "error": 4, "own_loss": 4, "seconds": 1, "trained": 1}
 
 
-def full(task: LossTask, scale: Scale, seed: int) -> Evaluation:
-    return evomal.evaluation(task, scale, seed, local=True)
+def full(task: LossTask, scale: Scale, key: Tensor) -> Evaluation:
+    return evomal.evaluation(task, scale, key, local=True)
 
 
-def without_screening(task: LossTask, scale: Scale, seed: int) -> Evaluation:
-    made = full(task, scale, seed)
+def without_screening(task: LossTask, scale: Scale, key: Tensor) -> Evaluation:
+    made = full(task, scale, key)
     made.screening = None
     return made
 
 
-def without_local_search(task: LossTask, scale: Scale, seed: int) -> Evaluation:
-    return evomal.evaluation(task, scale, seed, local=False)
+def without_local_search(task: LossTask, scale: Scale, key: Tensor) -> Evaluation:
+    return evomal.evaluation(task, scale, key, local=False)
 
 
-def with_halving(task: LossTask, scale: Scale, seed: int) -> Evaluation:
+def with_halving(task: LossTask, scale: Scale, key: Tensor) -> Evaluation:
     rungs = scale.train_steps // 4, scale.train_steps // 2
-    return evomal.evaluation(task, scale, seed, local=True, halving=Halving(rungs))
+    return evomal.evaluation(task, scale, key, local=True, halving=Halving(rungs))
 
 
-def with_tables(task: LossTask, scale: Scale, seed: int) -> Evaluation:
-    return evomal.evaluation(task, scale, seed, local=True, mode="tabulated")
+def with_tables(task: LossTask, scale: Scale, key: Tensor) -> Evaluation:
+    return evomal.evaluation(task, scale, key, local=True, mode="tabulated")
 
 
-VARIANTS: dict[str, Callable[[LossTask, Scale, int], Evaluation]] = {
+VARIANTS: dict[str, Callable[[LossTask, Scale, Tensor], Evaluation]] = {
     "full": full,
     "no screening": without_screening,
     "no local search": without_local_search,
@@ -73,13 +75,13 @@ VARIANTS: dict[str, Callable[[LossTask, Scale, int], Evaluation]] = {
 }
 
 
-def run_variant(name: str, task: LossTask, scale: Scale, seed: int) -> dict[str, Any]:
+def run_variant(name: str, task: LossTask, scale: Scale, key: Tensor) -> dict[str, Any]:
     """What a variant finds with a seed, and what it takes."""
-    scored_by = VARIANTS[name](task, scale, seed)
-    generations = evomal.evolve(GeneticProgramming(scale.population), scored_by, seed)
+    scored_by = VARIANTS[name](task, scale, key)
+    generations = evomal.evolve(GeneticProgramming(scale.population), scored_by, key)
     trained = 0
 
-    def counted():
+    def counted() -> Iterator[Generation]:
         nonlocal trained
         for done in generations:
             trained += scored_by.counts["trained"]
@@ -87,9 +89,15 @@ def run_variant(name: str, task: LossTask, scale: Scale, seed: int) -> dict[str,
 
     best, _ = evomal.cut(counted(), scale.population * scale.generations)
     losses = [] if best.loss is None else [best.loss]
-    errors = Rescoring(seeds=RESCORED).errors(task, losses, scale.train_steps, key(seed, "rescore"), "test").mean(1)
-    error = float(errors[0]) if losses else math.inf
-    about = {"error": error, "own_loss": float(errors[-1]), "search": best.error, "seconds": best.seconds}
+    errors = Rescoring(seeds=RESCORED).errors(task, losses, scale.train_steps, fold(key, "rescore"), "test").mean(1)
+    error = float(errors[0]) if losses else math.nan
+    about = {
+        "found": len(losses),
+        "error": error,
+        "own_loss": float(errors[-1]),
+        "search": best.error,
+        "seconds": best.seconds,
+    }
     return about | {"trained": trained, "loss": None if best.loss is None else best.loss.to_json()}
 
 
@@ -124,13 +132,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {"data": args.data, "model": args.model, **scale._asdict()}
     file, deadline = args.out / "trials.jsonl", time.monotonic() + 60 * args.budget_minutes
     task = evomal.open_task(args.data, args.model)
-    evomal.warm_up(task)
+    evomal.warm_up(task, random.key(0, "warm-up"))
     for seed in range(args.seeds):
         kept = evomal.kept_trials(file, settings)
         done = {trial["method"] for trial in kept if trial["seed"] == seed}
         for name in VARIANTS:
             if name not in done and time.monotonic() < deadline:
-                found = run_variant(name, task, scale, seed)
+                found = run_variant(name, task, scale, random.key(seed, "evomal"))
                 keep_trial(file, {"method": name, "seed": seed, "settings": settings} | found)
                 print(f"seed {seed}, {name}: {found['error']:.4f} in {found['seconds']:.1f} s", flush=True)
     show(evomal.kept_trials(file, settings), args.out)

@@ -5,6 +5,7 @@
 For each seed, data set and model a loss is looked for by
 
 - evomal: genetic programming, screening, weights tuned by local search;
+- evomal_seeded: the same, with cross-entropy (in regression squared error) in the first generation, as a user would;
 - gp_lfl: the same with all weights 1;
 - random: programs drawn at random, with the same screening and local search;
 - taylor: TaylorGLO, CMA-ES on the numbers of a cubic polynomial, with the same screening;
@@ -43,7 +44,7 @@ import torch
 from experiments import evomal
 from experiments.evomal import Best, Scale
 from metalearn.analysis.compare import format_table, paired_comparison, write_table
-from metalearn.analysis.transfer import compared_losses, learning_rates, transfer_table, tuned_errors
+from metalearn.analysis.transfer import compared_losses, transfer_table, tuned_errors
 from metalearn.analysis.trials import keep_trial, read_trials, trial_frame
 from metalearn.base import require_range
 from metalearn.estimators.unrolled import Unrolled
@@ -66,8 +67,9 @@ SHOWN = ["data", "model", "loss", "n", "error", "sd", "difference", "low", "high
 class Cell:
     """What is done for one seed on one data set with one model, and the files that it is kept in."""
 
-    def __init__(self, data: str, model: str, seed: int, scale: Scale, out: Path):
+    def __init__(self, data: str, model: str, seed: int, scale: Scale, out: Path, device: str = "cpu"):
         self.data, self.model, self.seed, self.scale = data, model, seed, scale
+        self.key = key(seed, "evomal", device=device)
         self.searches, self.trials = (out / f"{kind}_{data}_{model}.jsonl" for kind in ("searches", "trials"))
         self.settings = {"data": data, "model": model, **scale._asdict()}
         self.name = f"seed {seed}, {data}, {model}"
@@ -86,8 +88,9 @@ class Cell:
         """Look for a loss, with EvoMAL's evaluations and seconds."""
         clock = self.found().get("evomal")
         seconds = None if clock is None else clock["evaluations"]["seconds"]
-        generations = evomal.searching(method, evomal.open_task(self.data, self.model), self.scale, self.seed)
-        cuts = evomal.cut(generations, self.scale.population * self.scale.generations, seconds)
+        generations = evomal.searching(method, evomal.open_task(self.data, self.model), self.scale, self.key)
+        evaluations = self.scale.population * self.scale.generations
+        cuts = evomal.cut(generations, evaluations, seconds, self.key.device.type)
         found = {name: _record(best) for name, best in zip(CUTS, cuts, strict=True)}
         keep_trial(self.searches, {"method": method, "seed": self.seed, "settings": self.settings} | found)
         shown = ", ".join(f"{best.error:.4f} in {best.seconds:.1f} s, {best.evaluations}" for best in cuts)
@@ -95,25 +98,29 @@ class Cell:
 
     def test(self, methods: Sequence[str]) -> None:
         """Test errors of the losses of these searches and of the standard ones, all at once."""
-        task, started = evomal.open_task(self.data, self.model), time.process_time()
+        task, started = evomal.open_task(self.data, self.model), evomal.clock(self.key.device)
         rows = {name: {"loss": loss.to_json()} for name, loss in compared_losses((), task).items()}
         searches = self.found()
         rows |= _by_cut({method: searches[method] for method in methods})
         rows |= self._phases(task, searches)
         texts = {name: json.dumps(row["loss"]) for name, row in rows.items() if row["loss"] is not None}
         names = {text: name for name, text in reversed(texts.items())}  # equal losses are trained once
-        losses: dict[str, ElementwiseLoss] = {name: loss_from_json(json.loads(text)) for text, name in names.items()}
-        own_key, grid = key(self.seed, "test"), learning_rates(task.rule)
-        found = {row["loss"]: row for row in tuned_errors(task, losses, grid, self.scale.test_steps, own_key)}
+        losses: dict[str, ElementwiseLoss] = {
+            name: loss_from_json(json.loads(text)).to(self.key.device) for text, name in names.items()
+        }
+        tested = tuned_errors(task, losses, evomal.rates(task), self.scale.test_steps, fold(self.key, "test"))
+        found = {row["loss"]: row for row in tested}
         about = {"data": self.data, "model": self.model, "baseline": task.own_loss, "seed": self.seed}
         kept = self.tested()
-        for name, row in [(name, row) for name, row in rows.items() if name not in kept]:
+        for name, row in ((name, row) for name, row in rows.items() if name not in kept):
             nothing = {"rate": math.nan, "validation": math.inf, "error": math.inf, "edge": ""}
             result = found[names[texts[name]]] if name in texts else nothing
             text = _text(row["loss"])
             trial = {**about, **row, **result, "loss": name, "text": text, "settings": self.settings}
             keep_trial(self.trials, trial)
-        print(f"{self.name}, {len(losses)} losses tested in {time.process_time() - started:.0f} s", flush=True)
+        print(
+            f"{self.name}, {len(losses)} losses tested in {evomal.clock(self.key.device) - started:.0f} s", flush=True
+        )
 
     def _phases(self, task: LossTask, searches: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """EvoMAL's loss with weights of 1, and the losses of both genetic searches after tuning at a long horizon."""
@@ -122,12 +129,12 @@ class Cell:
             saved = searches[method]["evaluations"]["loss"] if method in searches else None
             if saved is None:
                 continue
-            loss, started = loss_from_json(saved), time.process_time()
+            loss, started = loss_from_json(saved), evomal.clock(self.key.device)
             assert isinstance(loss, LearnedLoss)
             if method == "evomal":
                 rows[method + ONES] = {"loss": LearnedLoss(loss.program, output=task.output).to_json()}
-            tuned = tune(task, loss, self.scale, key(self.seed, "tune", method))
-            rows[method + LONG] = {"loss": tuned.to_json(), "seconds": time.process_time() - started}
+            tuned = tune(task, loss, self.scale, fold(self.key, "tune", method))
+            rows[method + LONG] = {"loss": tuned.to_json(), "seconds": evomal.clock(self.key.device) - started}
         return rows
 
 
@@ -138,7 +145,7 @@ def tune(task: LossTask, loss: LearnedLoss, scale: Scale, own_key: torch.Tensor)
     state = tuning.begin(problem, own_key)
     for step in range(scale.tune_steps):
         state, _ = tuning.step(problem, state, fold(own_key, step))
-    return LearnedLoss(loss.program, state["meta"]["weights"], output=task.output)
+    return LearnedLoss(loss.program, state["meta"]["weights"].cpu(), output=task.output)
 
 
 def _record(best: Best) -> dict[str, Any]:
@@ -192,10 +199,13 @@ def phase_table(trials: Sequence[dict[str, Any]]) -> Any:
 
 
 def show(out: Path) -> None:
-    """Print both tables from the trials of a folder, and write them there."""
-    trials = [trial for file in sorted(out.glob("trials_*.jsonl")) for trial in read_trials(file)]
+    """Print both tables from the trials of a folder, and write them there. Cells of a single seed are left out."""
+    kept = [trial for file in sorted(out.glob("trials_*.jsonl")) for trial in read_trials(file)]
+    places = {(trial["data"], trial["model"], trial["seed"]) for trial in kept}
+    cells = [place[:2] for place in places]
+    trials = [trial for trial in kept if cells.count((trial["data"], trial["model"])) > 1]
     if not trials:
-        raise ValueError(f"{out} has no trials; accepted: a folder that this program wrote")
+        raise ValueError(f"{out} has no two seeds of anything; accepted: a folder in which this program has done more")
     table, phases = result_table(trials), phase_table(trials)
     write_table(table, out / "table")
     print(f"test error, each loss at its own learning rate\n\n{format_table(table.drop(columns='rates'))}")
@@ -218,6 +228,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--generations", type=int, help="of EvoMAL, which all others are measured by")
     parser.add_argument("--budget_minutes", type=float, default=math.inf, help="nothing is begun after this time (> 0)")
     parser.add_argument("--out", type=Path, default=Path("runs/evomal"), help="folder of trials and tables")
+    parser.add_argument("--device", default="cpu", help="where to compute, as cuda")
     parser.add_argument("--table", action="store_true", help="only show what the trials in the folder say")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--smoke", action="store_true", help="seconds instead of an hour; the numbers mean nothing")
@@ -253,13 +264,13 @@ def run(args: argparse.Namespace) -> None:
     deadline = time.monotonic() + 60 * args.budget_minutes
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     cells = [
-        Cell(data, model, seed, scale_of(args, model), args.out)
+        Cell(data, model, seed, scale_of(args, model), args.out, args.device)
         for seed in seeds
         for data in args.data
         for model in args.models
     ]
     methods = sorted(args.methods, key=evomal.SEARCHES.index)  # EvoMAL first: it sets the clock
-    evomal.warm_up(evomal.open_task(args.data[0], args.models[0]))
+    evomal.warm_up(evomal.open_task(args.data[0], args.models[0]), key(0, "warm-up", device=args.device))
     for cell in cells:
         for method in (method for method in methods if method not in cell.found()):
             if time.monotonic() > deadline:

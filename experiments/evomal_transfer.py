@@ -14,6 +14,7 @@ and Welch's p, corrected for all comparisons of the table (Holm).
 
 import argparse
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 
 from experiments import evomal
 from metalearn.analysis.compare import format_table, write_table
-from metalearn.analysis.transfer import compared_losses, learning_rates, transfer_table, tuned_errors
+from metalearn.analysis.transfer import compared_losses, transfer_table, tuned_errors
 from metalearn.analysis.trials import keep_trial, read_trials, trial_frame
 from metalearn.losses.elementwise import ElementwiseLoss
 from metalearn.losses.learned import loss_from_json
@@ -52,7 +53,7 @@ def run_target(target: Place, seed: int, found: dict[Place, dict[int, dict[str, 
     losses: dict[str, ElementwiseLoss] = dict(compared_losses((), task))
     saved = {f"{data}, {model}": by_seed[seed] for (data, model), by_seed in found.items() if seed in by_seed}
     losses |= {name: loss_from_json(one) for name, one in saved.items() if one["output"] == task.output}
-    rows = tuned_errors(task, losses, learning_rates(task.rule), steps, key(seed, "transfer"))
+    rows = tuned_errors(task, losses, evomal.rates(task), steps, key(seed, "evomal", "transfer"))
     about = {
         "data": target[0],
         "model": target[1],
@@ -67,9 +68,12 @@ def run_target(target: Place, seed: int, found: dict[Place, dict[int, dict[str, 
 
 def matrix(trials: Sequence[dict[str, Any]]) -> Any:
     """Mean test errors: a row per loss, a column per target."""
-    frame = trial_frame([trial | {"target": f"{trial['data']}, {trial['model']}"} for trial in trials])
-    means = frame.groupby(["loss", "target"], sort=False)["error"].mean().unstack()
-    return means.reindex(index=frame["loss"].unique(), columns=frame["target"].unique()).reset_index()
+    errors: dict[str, dict[str, list[float]]] = {}
+    for trial in trials:
+        by_target = errors.setdefault(trial["loss"], {})
+        by_target.setdefault(f"{trial['data']}, {trial['model']}", []).append(trial["error"])
+    rows = errors.items()
+    return trial_frame([{"loss": loss} | {to: statistics.mean(own) for to, own in row.items()} for loss, row in rows])
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -165,9 +165,11 @@ def evaluation(task: LossTask, scale: Scale, key: Tensor, fast: bool) -> Evaluat
     return Evaluation([task], PopulationTraining(scale.steps, halving=halving), screening, local_search, key)
 
 
-def our_search(scale: Scale, fast: bool, texts: list[list[str]] | None, key: Tensor = KEY) -> Outcome:
+def our_search(
+    scale: Scale, fast: bool, texts: list[list[str]] | None, key: Tensor = KEY, dtype: torch.dtype = torch.float32
+) -> Outcome:
     """A search of ours, of these proposals or, without any, of those that evolution makes of its own results."""
-    task = digits()
+    task = digits(dtype)
     if int(key) == int(KEY):  # other candidates, so that code is loaded and warm, and nothing of the search is known
         our_search(Scale(4, 2, 2, 2, 12), fast, None, random.key(1))
     began = time.process_time()
@@ -185,9 +187,11 @@ def our_search(scale: Scale, fast: bool, texts: list[list[str]] | None, key: Ten
     return Outcome(seconds, proposals, errors, verdicts, weights)
 
 
-def reference_search(scale: Scale, texts: list[list[str]], key: Tensor = KEY) -> Outcome:
+def reference_search(
+    scale: Scale, texts: list[list[str]], key: Tensor = KEY, dtype: torch.dtype = torch.float32
+) -> Outcome:
     """The same proposals in the way of the public code."""
-    task = digits()
+    task = digits(dtype)
     if int(key) == int(KEY):
         reference_search(Scale(4, 1, 2, 2, 12), [["mul(-1,mul(log(p),y))"] * 4], random.key(1))
     began = time.process_time()

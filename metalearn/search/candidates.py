@@ -66,11 +66,19 @@ class Scored(NamedTuple):
     tuned: tuple[float, ...] = ()  # weights after local search, under which it was trained; () where there was none
     errors: tuple[float, ...] = ()  # of each task, on validation examples; () where it was never trained to the end
     verdict: str = "scored"  # or why not: "dead", "not finite", "wrong sign", "rejected", "diverged", "halved"
+    like: str = (
+        ""  # the name of the earlier candidate whose gradient it has after tuning, and so its errors; "" for none
+    )
 
     @property
     def error(self) -> float:
         """Mean over tasks; infinite where it was never trained to the end."""
         return sum(self.errors) / len(self.errors) if self.errors else math.inf
+
+    @property
+    def family(self) -> str:
+        """A name that candidates of one gradient share."""
+        return self.like or self.candidate.canonical.name
 
     @property
     def best(self) -> Candidate:
@@ -81,14 +89,19 @@ class Scored(NamedTuple):
         """As a checkpoint holds it."""
         program = self.candidate.program
         named = {"program": None if program is None else str(program), "weights": list(self.candidate.weights)}
-        return named | {"tuned": list(self.tuned), "errors": list(self.errors), "verdict": self.verdict}
+        return named | {
+            "tuned": list(self.tuned),
+            "errors": list(self.errors),
+            "verdict": self.verdict,
+            "like": self.like,
+        }
 
     @classmethod
     def from_builtins(cls, saved: dict[str, Any]) -> Scored:
         """The inverse of ``to_builtins``."""
         program = None if saved["program"] is None else Program.parse(saved["program"])
         candidate = Candidate(program, tuple(saved["weights"]))
-        return cls(candidate, tuple(saved["tuned"]), tuple(saved["errors"]), saved["verdict"])
+        return cls(candidate, tuple(saved["tuned"]), tuple(saved["errors"]), saved["verdict"], saved["like"])
 
 
 def gradients_of(losses: Sequence[Candidate | Loss], output: str) -> CandidateGradients:

@@ -136,10 +136,9 @@ class Evaluation:
         found = {}
         for place, (one, earlier) in enumerate(zip(candidates, first, strict=True)):
             weights = tuned[place].weights if self.weighted else ()
-            if earlier < 0:
-                found[one] = before[earlier]._replace(candidate=one, tuned=weights)
-            else:
-                found[one] = errors[earlier]._replace(candidate=one, tuned=weights)
+            like = before[earlier].family if earlier < 0 else candidates[earlier].name if earlier < place else ""
+            source = before[earlier] if earlier < 0 else errors[earlier]
+            found[one] = source._replace(candidate=one, tuned=weights, like=like)
         return found
 
     def _trained(self, candidates: list[Candidate]) -> list[Scored]:

@@ -268,7 +268,8 @@ def _seed(text: str, limits: Limits) -> Candidate:
 class HallOfFame:
     """The best distinct losses of a search, and those of the Pareto front of (error, complexity).
 
-    Losses that are the same but for the order of arguments are one; losses that were never trained are none.
+    Losses that are the same but for the order of arguments, or have one gradient after tuning, are one, written in the
+    simplest way that was met; losses that were never trained are none.
 
     Args:
         size: how many of the best are listed, at least 1.
@@ -280,7 +281,7 @@ class HallOfFame:
     def __init__(self, size: int = 20):
         require_range("size", size, 1)
         self.size = size
-        self._kept: dict[Candidate, tuple[Scored, dict[str, Any]]] = {}  # by canonical candidate, the best first
+        self._kept: dict[str, tuple[Scored, dict[str, Any]]] = {}  # by family, the best first
 
     @property
     def entries(self) -> list[tuple[Scored, dict[str, Any]]]:
@@ -296,9 +297,8 @@ class HallOfFame:
         """
         if not is_trained(scored):
             return
-        canonical = scored.candidate.canonical
-        known, noted = self._kept.get(canonical, (scored, dict(columns or {})))
-        self._kept[canonical] = (min(known, scored, key=standing), noted)
+        known, noted = self._kept.get(scored.family, (scored, dict(columns or {})))
+        self._kept[scored.family] = (min(known, scored, key=standing), noted)
         ranked = sorted(self._kept.items(), key=lambda item: standing(item[1][0]))
         self._kept = dict(ranked)
         front = set(map(id, self.pareto()))
@@ -346,7 +346,7 @@ class HallOfFame:
     def load_builtins(self, saved: Sequence[Mapping[str, Any]]) -> None:
         """Hold the losses that ``to_builtins`` gave, and no others."""
         loaded = [(Scored.from_builtins(one["scored"]), dict(one["columns"])) for one in saved]
-        self._kept = {scored.candidate.canonical: (scored, columns) for scored, columns in loaded}
+        self._kept = {scored.family: (scored, columns) for scored, columns in loaded}
 
 
 class Stopping:

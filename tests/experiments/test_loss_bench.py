@@ -146,18 +146,26 @@ def test_whole_searches_of_the_same_proposals_agree(small, monkeypatch, capsys):
     monkeypatch.setattr(bench, "in_processes", in_this_process)
     exact, fast = bench.search(small)
     printed = capsys.readouterr().out
-    assert "proposals accepted by the reference, their errors equal" in printed
-    assert "error of the best on untouched examples, 5 runs: exact 0." in printed
+    assert "proposals that the reference accepted" in printed and "  screened and halved  0." in printed
     assert exact.bar == 6 and fast.bar == 12 and exact.measured.theirs == fast.measured.theirs
 
 
-def test_a_search_with_another_result_is_unequal():
-    found = runs.Outcome(1.0, [["p"]], [[0.5]], [["scored"]], [[()]])
-    assert bench._require_same_search(found, found) == 1
-    with pytest.raises(UnequalError, match="errors differ by 1"):
-        bench._require_same_search(found, found._replace(errors=[[0.4]]))
-    with pytest.raises(UnequalError, match="accepted none"):
-        bench._require_same_search(found, found._replace(errors=[[math.inf]]))
+def test_searches_with_different_results_are_unequal():
+    texts = [["mul(-1,mul(log(p),y))", "square(sub(p,y))"]]
+    found = runs.Outcome(1.0, texts, [[0.5, 0.25]], [["scored"] * 2], [[()] * 2])
+    rejected = found._replace(errors=[[0.5, math.inf]])
+    assert "errors equal of 1 proposals" in bench._require_same_search(runs.Scale(), found, rejected)
+    with pytest.raises(UnequalError, match="1 of 2 errors of accepted candidates differ"):
+        bench._require_same_search(runs.Scale(), found, found._replace(errors=[[0.4, 0.25]]))
+    with pytest.raises(UnequalError, match="0 of 0"):
+        bench._require_same_search(runs.Scale(), found, found._replace(errors=[[math.inf] * 2]))
+
+
+def test_a_tenth_of_the_errors_may_be_equal_at_first_only():
+    found = runs.Outcome(1.0, [["square(sub(p,y))"] * 12], [[0.5] * 12], [["scored"] * 12], [[()] * 12])
+    other = found._replace(errors=[[0.4] + [0.5] * 11])
+    said = bench._require_same_search(runs.Scale(12, 1, 1, 1, 12), found, other)
+    assert "1 of them after 5 steps in float64 only: square(sub(p,y))" in said
 
 
 @pytest.mark.slow
