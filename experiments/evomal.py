@@ -108,8 +108,9 @@ def open_task(data: str, model: str) -> LossTask:
     .05 (LeNet .1, regression .01).
     """
     source = DATA[data]()
-    grey = not isinstance(source, ImageSource) or model != "lenet"
-    built = MODELS[model] if grey else functools.partial(MODELS[model], image_channels=source.image_shape[0])
+    built = MODELS[model]
+    if isinstance(source, ImageSource) and model == "lenet":
+        built = functools.partial(built, image_channels=source.image_shape[0])
     rate = RATES[model] if isinstance(source, ImageSource) else 0.01
     # Outliers would make the deviation of the targets anything.
     scale = not isinstance(source, HeavyTailedRegression)

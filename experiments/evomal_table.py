@@ -101,8 +101,8 @@ class Cell:
         task, started = evomal.open_task(self.data, self.model), evomal.clock(self.key.device)
         rows = {name: {"loss": loss.to_json()} for name, loss in compared_losses((), task).items()}
         searches = self.found()
-        rows |= _by_cut({method: searches[method] for method in methods})
         rows |= self._phases(task, searches)
+        rows |= _by_cut({method: searches[method] for method in methods})  # kept last: with them all are there
         texts = {name: json.dumps(row["loss"]) for name, row in rows.items() if row["loss"] is not None}
         names = {text: name for name, text in reversed(texts.items())}  # equal losses are trained once
         losses: dict[str, ElementwiseLoss] = {
@@ -172,13 +172,18 @@ def _text(saved: dict[str, Any] | None) -> str:
 
 def result_table(trials: Sequence[dict[str, Any]]) -> Any:
     """A row per data set, model and loss; what gradients add is left to ``phase_table``."""
-    kept = [trial for trial in trials if not trial["loss"].endswith((ONES, LONG))]
-    frame = trial_frame(kept)
-    keys = ["data", "model", "loss"]
-    groups = frame.groupby(keys, sort=False)
-    means = groups[[name for name in CUTS if name in frame]].mean().assign(n=groups.size()).reset_index()
-    table = transfer_table(frame).merge(means, on=keys, how="left")
-    return table[[*SHOWN, *(name for name in CUTS if name in table), "rates"]]
+    rows: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for trial in trials:
+        if not trial["loss"].endswith((ONES, LONG)):
+            rows.setdefault((trial["data"], trial["model"], trial["loss"]), []).append(trial)
+    table = transfer_table(trial_frame([trial for own in rows.values() for trial in own]))
+    own = [rows[place] for place in zip(table["data"], table["model"], table["loss"], strict=True)]
+    means = {name: [_mean([one.get(name, math.nan) for one in row]) for row in own] for name in CUTS}
+    return table.assign(n=[len(row) for row in own], **means)[[*SHOWN, *CUTS, "rates"]]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def phase_table(trials: Sequence[dict[str, Any]]) -> Any:
@@ -188,7 +193,8 @@ def phase_table(trials: Sequence[dict[str, Any]]) -> Any:
     rows = []
     for baseline, others in (("evomal" + ONES, ("evomal", "evomal" + LONG)), ("gp_lfl", ("gp_lfl" + LONG,))):
         renamed = [trial | {"loss": trial["loss"].replace(", equal evaluations", "")} for trial in [*cells, *pooled]]
-        own = [trial for trial in renamed if trial["loss"] in (baseline, *others)]
+        order = (baseline, *others)
+        own = sorted((one for one in renamed if one["loss"] in order), key=lambda one: order.index(one["loss"]))
         for data, model in dict.fromkeys((trial["data"], trial["model"]) for trial in own):
             frame = trial_frame([trial for trial in own if (trial["data"], trial["model"]) == (data, model)])
             if baseline in set(frame["loss"]):

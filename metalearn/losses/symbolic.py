@@ -31,7 +31,7 @@ def weight_symbols(count: int) -> tuple[sympy.Symbol, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def _weight(place: int) -> sympy.Symbol:
-    return sympy.Symbol(f"w{place}", real=True)
+    return sympy.Symbol(f"w{place}")  # no assumptions: asking for them would take most of the time
 
 
 class Opaque(sympy.Function):

@@ -1,13 +1,9 @@
-"""What proposes losses and what survives: genetic programming, random search, CMA-ES; hall of fame; when to stop."""
+"""What proposes losses, what survives and when to stop: genetic programming, random search, CMA-ES."""
 
-import csv
-import io
-import json
 import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -24,7 +20,6 @@ from metalearn.search.candidates import Candidate, Scored
 from metalearn.search.operators import Fitness, Limits, distinct, drawing_from, is_trained, standing
 
 SELECTIONS = ("double_tournament", "nsga2", "epsilon_lexicase")
-COLUMNS = ("rank", "error", "complexity", "verdict", "program", "weights")
 
 
 class Strategy(ABC):
@@ -78,6 +73,8 @@ class GeneticProgramming(Strategy):
         selection: "double_tournament" by error, then complexity; "nsga2" by (error, complexity); "epsilon_lexicase" over
             the errors of several tasks.
         seeds: texts of losses, or JSON files of saved ones, that the first generation begins with.
+        initial_size: losses of the first generation, of which the best survive, at least ``population_size``; null for as
+            many. Half of what is drawn at random is screened out, at no cost: more of them leave more to begin with.
 
     Raises:
         ValueError: for values out of range, and seeds that are no symbolic loss of y and p within the limits.
@@ -101,6 +98,7 @@ class GeneticProgramming(Strategy):
         max_nodes: int = 64,
         selection: str = "double_tournament",
         seeds: list[str] | None = None,
+        initial_size: int | None = None,
     ):
         require_range("population_size", population_size, 2)
         for name, value in dict(crossover=crossover, mutation=mutation, reproduction=reproduction).items():
@@ -116,16 +114,15 @@ class GeneticProgramming(Strategy):
         self.population_size, self.crossover, self.mutation, self.elites = population_size, crossover, mutation, elites
         self.fitness_size, self.parsimony_size, self.selection = fitness_size, parsimony_size, selection
         self.init_heights, self.limits = init_heights, Limits(max_height, max_nodes)
+        self.initial_size = population_size if initial_size is None else initial_size
+        require_range("initial_size", self.initial_size, population_size)
         self.seeds = [_seed(seed, self.limits) for seed in seeds or []]
-        if len(self.seeds) > population_size:
-            raise ValueError(
-                f"there are {len(self.seeds)} seeds; accepted: at most population_size = {population_size}"
-            )
+        require_range("number of seeds", len(self.seeds), 0, self.initial_size)
 
     def ask(self, generation: int, population: Sequence[Scored], key: Tensor) -> list[Candidate]:
         with drawing_from(fold(key, generation)):
             if not population:
-                drawn = operators.ramped(self.population_size - len(self.seeds), self.init_heights)
+                drawn = operators.ramped(self.initial_size - len(self.seeds), self.init_heights)
                 return [*self.seeds, *map(Candidate, drawn)]
             parents = [scored.candidate for scored in self._select(population)]
             return [self._child(parents) for _ in range(self.population_size)]
@@ -260,93 +257,6 @@ def _seed(text: str, limits: Limits) -> Candidate:
         )
     weights = tuple(loss.weights.tolist())
     return Candidate(program, () if set(weights) <= {1.0} else weights)
-
-
-# -- what a search leaves, and when it ends --------------------------------------------------------------------------
-
-
-class HallOfFame:
-    """The best distinct losses of a search, and those of the Pareto front of (error, complexity).
-
-    Losses that are the same but for the order of arguments, or have one gradient after tuning, are one, written in the
-    simplest way that was met; losses that were never trained are none.
-
-    Args:
-        size: how many of the best are listed, at least 1.
-
-    Raises:
-        ValueError: for values out of range.
-    """
-
-    def __init__(self, size: int = 20):
-        require_range("size", size, 1)
-        self.size = size
-        self._kept: dict[str, tuple[Scored, dict[str, Any]]] = {}  # by family, the best first
-
-    @property
-    def entries(self) -> list[tuple[Scored, dict[str, Any]]]:
-        """The best losses, the best first, each with what was noted of it."""
-        return list(self._kept.values())[: self.size]
-
-    def add(self, scored: Scored, columns: Mapping[str, Any] | None = None) -> None:
-        """Take a loss in, if it is good enough.
-
-        Args:
-            scored: the loss.
-            columns: builtins to be noted of it. What is known already keeps the notes of the first time.
-        """
-        if not is_trained(scored):
-            return
-        known, noted = self._kept.get(scored.family, (scored, dict(columns or {})))
-        self._kept[scored.family] = (min(known, scored, key=standing), noted)
-        ranked = sorted(self._kept.items(), key=lambda item: standing(item[1][0]))
-        self._kept = dict(ranked)
-        front = set(map(id, self.pareto()))
-        self._kept = {name: one for place, (name, one) in enumerate(ranked) if place < self.size or id(one[0]) in front}
-
-    def pareto(self) -> list[Scored]:
-        """Of all losses ever seen those that none beats in error and complexity, by rising error."""
-        front: list[Scored] = []
-        for scored, _ in self._kept.values():
-            if not front or scored.candidate.complexity < front[-1].candidate.complexity:
-                front.append(scored)
-        return front
-
-    def rows(self, extra: Mapping[str, Mapping[str, Any]] | None = None) -> list[dict[str, Any]]:
-        """The table: rank, error, complexity, verdict, program, weights (a JSON list), then what was noted.
-
-        Args:
-            extra: further columns of some losses, by the ``name`` of their canonical candidate.
-        """
-        rows = []
-        for rank, (scored, noted) in enumerate(self.entries, start=1):
-            best, more = scored.best, (extra or {}).get(scored.candidate.canonical.name, {})
-            weights = best.weights or (1.0,) * (best.program.num_weights if best.program else 0)
-            known = (rank, scored.error, best.complexity, scored.verdict, best.text, json.dumps(weights))
-            rows.append(dict(zip(COLUMNS, known, strict=True)) | noted | dict(more))
-        return rows
-
-    def write(self, path: str | Path, extra: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-        """Write ``rows`` as CSV, whole or not at all; equal tables are equal bytes."""
-        rows = self.rows(extra)
-        names = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, list(names), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(text.getvalue().encode())
-        partial.replace(path)
-
-    def to_builtins(self) -> list[dict[str, Any]]:
-        """As a checkpoint holds it."""
-        return [{"scored": scored.to_builtins(), "columns": columns} for scored, columns in self._kept.values()]
-
-    def load_builtins(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Hold the losses that ``to_builtins`` gave, and no others."""
-        loaded = [(Scored.from_builtins(one["scored"]), dict(one["columns"])) for one in saved]
-        self._kept = {scored.family: (scored, columns) for scored, columns in loaded}
 
 
 class Stopping:

@@ -22,8 +22,9 @@ from metalearn.base import Tree, require_range
 from metalearn.problems.learned_loss import LossTask
 from metalearn.search.candidates import Candidate, Scored
 from metalearn.search.evaluation import Evaluation
-from metalearn.search.evolution import HallOfFame, Stopping, Strategy
+from metalearn.search.evolution import Stopping, Strategy
 from metalearn.search.finalists import Rescoring, Tuning
+from metalearn.search.hall_of_fame import HallOfFame
 from metalearn.search.local import LocalSearch
 from metalearn.search.population import PopulationTraining
 from metalearn.search.screening import Screening

@@ -20,7 +20,7 @@ from metalearn.analysis.losses import (
 from metalearn.losses.learned import load_loss
 from metalearn.losses.program import Program
 from metalearn.search.candidates import Candidate, Scored
-from metalearn.search.evolution import HallOfFame
+from metalearn.search.hall_of_fame import HallOfFame
 
 CROSS_ENTROPY = "mul(-1,mul(y,log(p)))"
 TEXTS = (CROSS_ENTROPY, "square(sub(y,p))", "abs(sub(y,p))")
