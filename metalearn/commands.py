@@ -20,28 +20,37 @@ def compare(arguments: list[str]) -> None:
 
 
 def loss(arguments: list[str]) -> None:
-    """``metalearn loss show runs/x`` and ``metalearn loss transfer runs/x --data NAME``."""
+    """``metalearn loss show runs/x``, ``metalearn loss transfer runs/x --data NAME``, ``metalearn loss landscape runs/x``."""
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
         print(
-            "usage: metalearn loss show RUN ... | metalearn loss transfer LOSS ...\n\n'--help' after either lists its options."
+            "usage: metalearn loss show RUN | metalearn loss transfer LOSS ... | metalearn loss landscape LOSS ...\n\n"
+            "'--help' after each lists its options."
         )
         return
-    require_choice("loss command", command, ("show", "transfer"))
+    require_choice("loss command", command, ("show", "transfer", "landscape"))
     if command == "show":
         from metalearn.analysis.losses import show
 
         parser = _parser("loss show", "The best losses of a run of loss search: table and picture.")
         parser.add_argument("run_dir", type=str, help="folder of the run")
         _run(parser, show, arguments[1:], "run_dir")
-        return
-    from metalearn.analysis.transfer import transfer
+    elif command == "transfer":
+        from metalearn.analysis.transfer import transfer
 
-    parser = _parser(
-        "loss transfer", "Learned losses beside standard ones on other data and models, rates tuned alike."
-    )
+        about = "Learned losses beside standard ones on other data and models, rates tuned alike."
+        _run(_of_losses("loss transfer", about), transfer, arguments[1:], "loss")
+    else:
+        from metalearn.analysis.landscape import landscape
+
+        about = "Planes around the models that losses lead to, beside that of the standard loss, rates tuned alike."
+        _run(_of_losses("loss landscape", about), landscape, arguments[1:], "loss")
+
+
+def _of_losses(name: str, description: str) -> ArgumentParser:
+    parser = _parser(name, description)
     parser.add_argument("loss", nargs="+", type=str, help="run folders, files of losses, or texts of losses")
-    _run(parser, transfer, arguments[1:], "loss")
+    return parser
 
 
 def _parser(name: str, description: str) -> ArgumentParser:

@@ -10,10 +10,18 @@ import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pandas as pd
 
 from metalearn.analysis.compare import format_table
-from metalearn.analysis.landscape import equivalent_smoothing, plot_smoothing, total_losses
-from metalearn.analysis.losses import gradient_scales, hall_losses, loss_curves, plot_losses, read_hall_of_fame
+from metalearn.analysis.landscape import equivalent_smoothing, plot_rates, plot_smoothing, total_losses
+from metalearn.analysis.losses import (
+    gradient_scales,
+    hall_losses,
+    loss_curves,
+    plot_losses,
+    read_hall_of_fame,
+    standard_name,
+)
 from metalearn.losses.learned import LearnedLoss, load_loss
 
 RUN = Path(os.environ.get("METALEARN_RUN", "runs/loss"))
@@ -31,7 +39,7 @@ else:
     print(f"{RUN} has no hall of fame: losses written by hand")
     found = by_hand
 output = next(iter(found.values())).output
-standard = "mse" if output == "identity" else "cross_entropy"
+standard = standard_name(output)
 losses = {standard: load_loss(standard, output=output)} | found
 
 # %% [markdown]
@@ -76,3 +84,14 @@ if output == "softmax":
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     plot_smoothing(totals, axes, NUM_CLASSES, reference=standard)
     print(format_table(equivalent_smoothing(totals, NUM_CLASSES)))
+
+# %% [markdown]
+# ## Are they a learning rate in disguise?
+#
+# The best learning rate of each loss against the scale of its gradient, once `metalearn loss landscape runs/loss` has found
+# the rates. A loss on the dashed line is the standard loss at another rate, as far as rates go.
+
+# %%
+for file in sorted(RUN.glob("landscape_*_rates.csv")):
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    plot_rates(pd.read_csv(file), axes).set_title(file.stem)

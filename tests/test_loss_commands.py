@@ -39,13 +39,24 @@ def test_transfer_compares_with_standard_losses_and_leaves_its_table(
     # The learned loss is cross-entropy; the two part at steep rates only, where p is 0 in single precision.
     assert abs(table.loc[run_dir.name, "difference"]) < 0.01
     assert table["p_holm"].notna().sum() >= 3
-    assert "difference from cross_entropy with 95% interval" in capsys.readouterr().out
+    assert "difference from cross_entropy with 95% paired t interval" in capsys.readouterr().out
+
+
+def test_landscape_draws_planes_and_rates(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    options = ["--model", "linear", "--steps", "20", "--rates", "[0.003,0.03,0.3]", "--points", "5"]
+    assert main(["loss", "landscape", str(run_dir), *options]) == 0
+    planes = pd.read_csv(run_dir / "landscape_digits_linear.csv")
+    assert planes.groupby("loss", sort=False).size().to_dict() == {"cross_entropy": 25, run_dir.name: 25}
+    assert (run_dir / "landscape_digits_linear.png").stat().st_size > 10_000
+    assert "explained" in capsys.readouterr().out
 
 
 def test_what_is_wrong_is_said_in_one_line(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert "loss command is 'draw'; accepted: 'show', 'transfer'" in refused(capsys, "loss", "draw")
+    assert "loss command is 'draw'; accepted: 'show', 'transfer', 'landscape'" in refused(capsys, "loss", "draw")
     assert "accepted: the folder of a run of loss search" in refused(capsys, "loss", "show", tmp_path / "none")
     transfer = ("loss", "transfer")
+    assert "device is 'cuda:99'; accepted" in refused(capsys, *transfer, TEXT, "--device", "cuda:99")
+    assert "points is 1; accepted: 2 <= points" in refused(capsys, "loss", "landscape", TEXT, "--points", 1)
     assert "seeds is 1; accepted: 2 <= seeds" in refused(capsys, *transfer, TEXT, "--seeds", 1)
     assert "model is 'net'" in refused(capsys, *transfer, TEXT, "--model", "net")
     assert "position 4" in refused(capsys, *transfer, "mul(q,p)", "--model", "linear")

@@ -12,6 +12,9 @@ from test_resume import DDP, start
 import metalearn
 from metalearn.analysis.runs import read_metrics
 from metalearn.cli import main
+from metalearn.search.cache import Cache
+from metalearn.search.hall_of_fame import HallOfFame
+from metalearn.training.loss_search import LossSearch
 
 CONFIG = HERE / "training" / "tiny_search.yaml"
 FILES = ("hall_of_fame.csv", "best.json")
@@ -72,6 +75,52 @@ def test_killed_run_resumes_byte_identical(whole, tmp_path, step):
     assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
 
 
+class PulledPlugError(Exception):
+    """What ends a process between two writes."""
+
+
+@pytest.mark.parametrize("where", [(Cache, "add"), (HallOfFame, "write"), (LossSearch, "on_save_checkpoint")])
+def test_a_run_that_ends_between_two_writes_resumes_byte_identical(whole, tmp_path, monkeypatch, where):
+    owner, name = where
+    original, calls = getattr(owner, name), []
+
+    def interrupted(*arguments, **named):
+        calls.append(name)
+        result = original(*arguments, **named)
+        if len(calls) == 3:
+            raise PulledPlugError
+        return result
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, interrupted)
+        with pytest.raises(PulledPlugError):
+            fit(tmp_path)
+    assert fit(tmp_path) == 0
+    assert_same_files(tmp_path, whole)
+
+
+def test_a_capped_search_is_not_finished(whole, tmp_path):
+    assert fit(tmp_path, "--trainer.max_steps", 2) == 0
+    assert last(tmp_path)["global_step"] == 2 and not (tmp_path / "result.json").exists()
+    (tmp_path / "cache.jsonl").unlink()  # the checkpoint has all that it takes
+    assert fit(tmp_path) == 0
+    assert_same_files(tmp_path, whole)
+
+
+def test_mixed_precision_searches_too(tmp_path):
+    assert fit(tmp_path, "--trainer.precision", "bf16-mixed") == 0
+    best = metalearn.load_loss(str(tmp_path / "best.json"))
+    assert best.provenance["untouched_error"] < 0.2
+
+
+def test_every_generation_is_shown(tmp_path, capsys):
+    assert fit(tmp_path, "--trainer.enable_progress_bar", "true", "--trainer.max_steps", 3) == 0
+    shown = capsys.readouterr().out
+    for step in (1, 2, 3):
+        assert f" {step}/3 " in shown
+    assert "search/best=" in shown and "search/median=" in shown and "search/rejected=" in shown
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
 def test_a_run_killed_at_any_step_resumes_byte_identical(whole, tmp_path, step):
@@ -122,10 +171,14 @@ def test_mistakes_are_one_line_and_lose_nothing(whole, tmp_path, capsys):
     other = ("--model.init_args.task.init_args.untouched", 0.25)
     arguments = ("fit", "-c", CONFIG, "--run_dir", whole, "--ckpt_path", "last")
     assert "division" in refused(capsys, *arguments, *other)
+    for changed in (("fitness", "steps", 13), ("tuning", "steps", 1), ("task", "outer_batch_size", 16)):
+        option = "--model.init_args.{}.init_args.{}".format(*changed)
+        assert "settings" in refused(capsys, *arguments, option, changed[-1])
     assert "the same seed" in refused(capsys, *arguments, "--seed_everything", 1)
     assert (whole / "hall_of_fame.csv").read_bytes() == before
     fresh = ("fit", "-c", CONFIG, "--run_dir", tmp_path)
     assert "population_size is 0" in refused(capsys, *fresh, "--model.init_args.strategy.init_args.population_size", 0)
     seeds = ("--model.init_args.strategy.init_args.seeds", '["mul(y,"]')
     assert "position" in refused(capsys, *fresh, *seeds)
+    assert "no examples to score" in refused(capsys, *fresh, "--model.init_args.task.init_args.untouched", 0)
     assert "lr is -1.0" in refused(capsys, *fresh, "--model.init_args.tuning.init_args.lr", -1)

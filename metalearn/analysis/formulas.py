@@ -89,6 +89,6 @@ def _shown(part: _Part, digits: int) -> str:
     number = f"{part.factor:.{digits}g}"
     if not part.text or part.factor == 0:
         return number
-    if part.factor == 1:
+    if number == "1":
         return part.text
-    return f"-{part.bracketed}" if part.factor == -1 else f"{number}*{part.bracketed}"
+    return f"-{part.bracketed}" if number == "-1" else f"{number}*{part.bracketed}"

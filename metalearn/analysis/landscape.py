@@ -8,7 +8,7 @@ Functions draw into the axes they are given, or into a figure of their own; noth
 
 import copy
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -18,11 +18,115 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from metalearn import random
+from metalearn.analysis.compare import format_table
 from metalearn.analysis.curves import COLOURS
 from metalearn.analysis.losses import gradient_scales, loss_curves
-from metalearn.base import InnerState, Params, require_choice, require_range
+from metalearn.analysis.rates import learning_rates, tuned_models
+from metalearn.analysis.transfer import (
+    compared_losses,
+    open_source,
+    open_task,
+    output_folder,
+    require_device,
+    stem_of,
+)
+from metalearn.base import InnerState, Params, Rule, require_choice, require_range
 from metalearn.losses.elementwise import ElementwiseLoss
+from metalearn.optim.first_order import SGD
 from metalearn.problems.learned_loss import LossTask
+from metalearn.search.population import rows
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def landscape(
+    loss: list[str],
+    data: str = "digits",
+    model: str = "mlp",
+    task: Literal["images", "table", "regression"] = "images",
+    seed: int = 0,
+    steps: int = 500,
+    rates: list[float] | None = None,
+    rule: Rule | None = None,
+    batch_size: int = 128,
+    split: str = "train",
+    validation: float = 0.2,
+    part: Literal["train", "validation"] = "validation",
+    extent: float = 1.0,
+    points: int = 41,
+    device: str = "cpu",
+    out: str | None = None,
+) -> pd.DataFrame:
+    """Draw the task's objective around the model that each loss leads to, beside that of the task's own loss.
+
+    All losses train one model from the same start on the same minibatches, each at the rate with the least validation error,
+    as ``metalearn loss transfer`` does. The planes lie along the same two drawn directions, each filter as long as the
+    model's own, and share one scale. Beside them: the best rates, and what the losses' scales alone explain of them.
+
+    Args:
+        loss: folders of runs of loss search, whose best.json is taken; files of losses; texts like "mul(-1,mul(y,log(p)))".
+        data: name of a data set: bundled, a file, a folder or hub id, or "heavy_tailed".
+        model: "linear", "mlp", "lenet", "resnet" or a class path.
+        task: "images" for classes of images, "table" for classes of rows, "regression" for numbers.
+        seed: of the initial model, the minibatches and the directions.
+        steps: inner steps of a run, at least 1.
+        rates: learning rates, at least 3; null for nine, four a decade, with the rule's own in the middle.
+        rule: optimizer of the runs; null for SGD with momentum .9 and learning rate 10^-1.5.
+        batch_size: examples of an inner step, at least 1.
+        split: split or slice of the data that train and validation parts are cut from, as "train[:20%]".
+        validation: fraction of it that chooses learning rates, in (0, 1).
+        part: the examples that planes are measured on, "train" or "validation".
+        extent: the planes are [-extent, extent]^2 in lengths of the model's filters, above 0.
+        points: of each axis, at least 2; an odd number has the model itself in the middle.
+        device: where to compute, as "cuda".
+        out: folder for landscape_<data>_<model>.csv and .png, and the same with _rates; null for the folder of the first
+            run among the losses.
+
+    Returns:
+        Columns loss, a, b, objective, error: the planes one after another.
+
+    Raises:
+        ValueError: for values out of range, what is no loss, model or data set, and where no loss leads anywhere.
+    """
+    require_range("steps", steps, 1)
+    require_choice("part", part, ("train", "validation"))
+    _require_plane(extent, points)
+    require_device(device)
+    rule = rule or SGD(lr=10**-1.5, momentum=0.9)
+    grid = learning_rates(rule, rates)
+    problem = open_task(open_source(data, task, split, None, validation), model, rule, batch_size, test=False)
+    losses = compared_losses(loss, problem, standard=(problem.own_loss,))
+    require_range("number of losses", len(losses), 1, len(COLOURS))
+    folder = output_folder(out, loss)
+    if folder is None:
+        raise ValueError("out is None with no run among the losses; accepted: a folder for planes and pictures")
+    key = random.key(seed, "landscape", device=device)
+    found, models = tuned_models(problem, losses, grid, steps, key)
+    best = {row["loss"]: row["rate"] for row in found if np.isfinite(row["validation"])}
+    if not best:
+        raise ValueError("every loss diverged at every rate; accepted: smaller rates, or other losses")
+    print("".join(f"{name}: diverged at every rate, and is not shown\n" for name in losses if name not in best), end="")
+    trained = {name: rows(models, place) for place, name in enumerate(losses) if name in best}
+    around = {"key": random.fold(key, "plane"), "part": part, "extent": extent, "points": points}
+    parts = [loss_plane(problem, own.params, own.buffers, **around).assign(loss=name) for name, own in trained.items()]
+    planes = pd.concat(parts, ignore_index=True)[["loss", "a", "b", "objective", "error"]]
+    stem = f"{folder}/landscape_{stem_of(data)}_{stem_of(model)}"
+    planes.to_csv(f"{stem}.csv", index=False)
+    plot_planes(planes).savefig(f"{stem}.png", dpi=150)
+    if problem.own_loss in best:
+        _save_rates({name: losses[name] for name in best}, best, problem, stem)
+    print(f"{stem}.csv\n{stem}.png")
+    return planes
+
+
+def _save_rates(losses: Mapping[str, ElementwiseLoss], best: Mapping[str, float], task: LossTask, stem: str) -> None:
+    frame = equivalent_rates(losses, best, task.own_loss, max(2, task.num_outputs))
+    frame.to_csv(f"{stem}_rates.csv", index=False)
+    figure = Figure(figsize=(5.4, 3.8), layout="constrained")
+    plot_rates(frame, figure.subplots())
+    figure.savefig(f"{stem}_rates.png", dpi=150)
+    print(f"best learning rates on validation examples\n\n{format_table(frame)}\n")
+
 
 # -- planes ------------------------------------------------------------------------------------------------------------
 
@@ -79,8 +183,7 @@ def loss_plane(
     Raises:
         ValueError: for values out of range.
     """
-    require_range("extent", extent, np.nextafter(0, 1))
-    require_range("points", points, 2)
+    _require_plane(extent, points)
     require_range("chunk", chunk, 1)
     inputs, targets = task.examples(part, key.device)
     first, second = (filter_normalised(params, random.fold(key, axis)) for axis in ("a", "b"))
@@ -103,7 +206,18 @@ def loss_plane(
     return pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()})
 
 
-def plot_plane(frame: pd.DataFrame, ax: Axes | None = None, value: str = "objective", levels: int = 24) -> Axes:
+def _require_plane(extent: float, points: int) -> None:
+    require_range("extent", extent, np.nextafter(0, 1), np.finfo(float).max)
+    require_range("points", points, 2)
+
+
+def plot_plane(
+    frame: pd.DataFrame,
+    ax: Axes | None = None,
+    value: str = "objective",
+    levels: int = 24,
+    limits: tuple[float, float] | None = None,
+) -> Axes:
     """Draw one column of ``loss_plane`` as filled contours, on a logarithmic scale where all values are positive.
 
     Args:
@@ -111,6 +225,7 @@ def plot_plane(frame: pd.DataFrame, ax: Axes | None = None, value: str = "object
         ax: where to draw; without it, a new figure.
         value: name of the column.
         levels: of the contours, at least 2.
+        limits: least and largest value of the scale; null for those of the column.
 
     Raises:
         ValueError: for a column that is not there, or values out of range.
@@ -120,10 +235,13 @@ def plot_plane(frame: pd.DataFrame, ax: Axes | None = None, value: str = "object
     ax = ax if ax is not None else Figure(figsize=(5.2, 4.4), layout="constrained").subplots()
     grid = frame.pivot(index="b", columns="a", values=value)
     heights = np.ma.masked_invalid(grid.to_numpy(float))
-    logarithmic = heights.min() > 0 and heights.max() > 10 * heights.min()
+    low, high = limits or (heights.min(), heights.max())
+    logarithmic = low > 0 and high > 10 * low
     shown = np.ma.log10(heights) if logarithmic else heights
-    drawn = ax.contourf(grid.columns, grid.index, shown, levels=levels, cmap="viridis")
-    ax.contour(grid.columns, grid.index, shown, levels=levels, colors="white", linewidths=0.3, linestyles="solid")
+    ends = np.log10([low, high]) if logarithmic else (low, high)
+    edges = levels if limits is None or low >= high else np.linspace(ends[0], ends[1], levels + 1)
+    drawn = ax.contourf(grid.columns, grid.index, shown, levels=edges, cmap="viridis")
+    ax.contour(grid.columns, grid.index, shown, levels=edges, colors="white", linewidths=0.3, linestyles="solid")
     ax.plot(0, 0, marker="+", color="white", markersize=9, markeredgewidth=1.6)
     figure = ax.get_figure(root=True)
     assert figure is not None
@@ -132,13 +250,14 @@ def plot_plane(frame: pd.DataFrame, ax: Axes | None = None, value: str = "object
     return ax
 
 
-def save_plane(frame: pd.DataFrame, stem: str | Path, value: str = "objective") -> None:
-    """Write the plane to ``<stem>.csv`` and its picture to ``<stem>.png``."""
-    Path(stem).parent.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(f"{stem}.csv", index=False)
-    figure = plot_plane(frame, value=value).get_figure(root=True)
-    assert figure is not None
-    figure.savefig(f"{stem}.png", dpi=150)
+def plot_planes(frame: pd.DataFrame, value: str = "objective") -> Figure:
+    """The planes of a frame of ``landscape`` in one row, on one scale."""
+    finite = frame[value][np.isfinite(frame[value])]
+    names = list(dict.fromkeys(frame["loss"]))
+    figure = Figure(figsize=(4.6 * len(names), 4.2), layout="constrained")
+    for name, ax in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
+        plot_plane(frame[frame["loss"] == name], ax, value, limits=(finite.min(), finite.max())).set_title(name)
+    return figure
 
 
 # -- what a loss is equivalent to --------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from metalearn.base import require_choice, require_range
 from metalearn.losses.elementwise import OUTPUTS, ElementwiseLoss
 from metalearn.losses.learned import load_loss
 from metalearn.losses.program import Program
+from metalearn.losses.simplify import simplified
 from metalearn.search.candidates import Candidate
 
 HALL_OF_FAME, BEST, PICTURE = "hall_of_fame.csv", "best.json", "losses.png"
@@ -35,8 +36,9 @@ def show(run_dir: str, best: int = 10, curves: int = 4, output: str | None = Non
     """Print the best losses of a search and draw the curves of the first few into <run_dir>/losses.png.
 
     The table has rank, validation error, complexity, error on untouched examples before and after tuning where the run
-    has come that far, and the formula, weights multiplied out. The picture has L(y, p) for y = 0 and 1 and -dL/dz beside
-    the task's standard loss; in regression, against the residual.
+    has come that far, and the formula, weights multiplied out, or where they are all 1, simplified. A star marks the
+    Pareto front: no other loss of the hall of fame is better in error or complexity and no worse in the other. The picture
+    has L(y, p) for y = 0 and 1 and -dL/dz beside the task's standard loss; in regression, against the residual.
 
     Args:
         run_dir: folder of a run of loss search, finished or not.
@@ -45,14 +47,17 @@ def show(run_dir: str, best: int = 10, curves: int = 4, output: str | None = Non
         output: what the losses see of a model's output, "softmax", "sigmoid" or "identity"; null for what the run says.
 
     Returns:
-        The table, formulas in full.
+        The table, formulas in full, ``pareto`` as booleans.
 
     Raises:
         ValueError: for values out of range, or a folder that has no hall of fame.
     """
     require_range("best", best, 1)
     require_range("curves", curves, 1, len(COLOURS) - 1)
-    frame = read_hall_of_fame(run_dir).head(max(best, curves))
+    frame = read_hall_of_fame(run_dir)
+    if "complexity" in frame:
+        frame = frame.assign(pareto=pareto(frame))
+    frame = frame.head(max(best, curves))
     output = output or _output(Path(run_dir))
     require_choice("output", output, OUTPUTS)
     table = _table(frame).head(best)
@@ -86,6 +91,15 @@ def read_hall_of_fame(run_dir: str | Path) -> pd.DataFrame:
     return frame.sort_values("rank", ignore_index=True)
 
 
+def pareto(frame: pd.DataFrame) -> pd.Series:
+    """Which rows of ``read_hall_of_fame`` are of the front of error and complexity: as the run says, else by this table."""
+    if "pareto" in frame:
+        return frame["pareto"] == 1
+    ordered = frame.sort_values(["error", "complexity"], kind="stable")["complexity"].astype(float)
+    simplest_before = ordered.cummin().shift(fill_value=float("inf"))
+    return (ordered < simplest_before).reindex(frame.index)
+
+
 def hall_losses(frame: pd.DataFrame, output: str) -> dict[str, ElementwiseLoss]:
     """The losses of rows of ``read_hall_of_fame`` by name, as "1: y - p": with tuned weights where those are no worse."""
     return {f"{row.rank}: {_short(_formula(row), 40)}": _candidate(row).loss(output) for row in frame.itertuples()}
@@ -103,12 +117,15 @@ def _formula(row) -> str:
     candidate = _candidate(row)
     if candidate.program is None:
         return f"taylor({', '.join(f'{weight:.3g}' for weight in candidate.weights)})"
-    return formula(candidate.program, candidate.weights)
+    written = formula(candidate.program, candidate.weights)
+    if any(weight != 1 for weight in candidate.weights):
+        return written
+    return min(written, formula(simplified(candidate.program)), key=len)
 
 
 def _table(frame: pd.DataFrame) -> pd.DataFrame:
     """The columns that are there and not empty, and the formulas."""
-    wanted = ("rank", "error", "rescored", "rescored_tuned", "complexity", "generation")
+    wanted = ("rank", "error", "rescored", "rescored_tuned", "complexity", "pareto", "generation")
     columns = [name for name in wanted if name in frame and frame[name].notna().any()]
     return frame[columns].assign(formula=[_formula(row) for row in frame.itertuples()])
 
@@ -118,7 +135,8 @@ def _fitted(table: pd.DataFrame) -> pd.DataFrame:
     shown = [_short(text, _FORMULA_WIDTH) for text in table["formula"]]
     width = max(map(len, shown))
     left = [text.ljust(width) for text in shown]
-    return table.drop(columns="formula").assign(**{"formula".ljust(width): left})
+    marked = {"pareto": table["pareto"].map({True: "*", False: ""})} if "pareto" in table else {}
+    return table.assign(**marked).drop(columns="formula").assign(**{"formula".ljust(width): left})
 
 
 def _short(text: str, width: int) -> str:

@@ -3,6 +3,7 @@
 Shape letters: P rows of a population, L losses, R learning rates.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from metalearn import tree
 from metalearn.base import Rule
 from metalearn.losses.elementwise import ElementwiseLoss
 from metalearn.optim.first_order import Tunable
@@ -22,7 +24,9 @@ _CHUNK = 2**10  # predictions at a time: more, of convolutions, fall out of the 
 
 
 def learning_rates(rule: Rule, rates: Sequence[float] | None = None) -> list[float]:
-    """The grid in increasing order: as given, or seven rates around the rule's own.
+    """The grid in increasing order: as given, or nine rates around the rule's own, four a decade.
+
+    So close, because the losses that a search finds suit its rate, and between two rates a standard loss would lose.
 
     Raises:
         ValueError: for fewer than three different rates, rates that are not positive, or a rule whose rate is unknown.
@@ -31,7 +35,7 @@ def learning_rates(rule: Rule, rates: Sequence[float] | None = None) -> list[flo
         own = rule.settings.get("lr", 0.0) if isinstance(rule, Tunable) else 0.0
         if own <= 0:
             raise ValueError(f"rates is None with {type(rule).__name__} of no learning rate; accepted: a list of rates")
-        return [own * 10 ** (k / 2) for k in range(-3, 4)]
+        return [own * 10 ** (k / 4) for k in range(-4, 5)]
     grid = sorted({float(rate) for rate in rates})
     if len(grid) < 3 or not all(0 < rate < float("inf") for rate in grid):
         raise ValueError(f"rates is {list(rates)}; accepted: at least 3 different positive numbers")
@@ -46,25 +50,46 @@ def tuned_errors(
     key: torch.Tensor,
     part: str = "test",
 ) -> list[dict[str, Any]]:
-    """Errors of models trained under each loss, at the rate with the least validation error.
+    """Errors of models trained under each loss, at the rate with the least validation error; see ``tuned_models``.
+
+    Args:
+        task: opened, with the part that counts.
+        losses: by name, on any device.
+        rates: learning rates, in increasing order.
+        steps: of every run.
+        key: of the initial model and the minibatches, on the device to compute on.
+        part: whose error counts.
+
+    Returns:
+        The rows of ``tuned_models``, each with error (on ``part``), which is infinite where no run stayed finite.
+    """
+    found, models = tuned_models(task, losses, rates, steps, key)
+    errors_L = PopulationTraining(steps=steps).errors(task, models, part, _CHUNK)
+    return [row | {"error": error} for row, error in zip(found, errors_L.tolist(), strict=True)]
+
+
+def tuned_models(
+    task: LossTask, losses: Mapping[str, ElementwiseLoss], rates: Sequence[float], steps: int, key: torch.Tensor
+) -> tuple[list[dict[str, Any]], Trained]:
+    """A model trained under each loss, at the rate with the least validation error.
 
     All losses and rates are one population: the same initial model, the same minibatches. Among rates with equal
     validation errors the middle one is chosen.
 
     Args:
-        task: opened, with the part that counts.
-        losses: by name.
+        task: opened.
+        losses: by name, on any device.
         rates: learning rates, in increasing order.
         steps: of every run.
-        key: of the initial model and the minibatches.
-        part: whose error counts.
+        key: of the initial model and the minibatches, on the device to compute on.
 
     Returns:
-        For each loss: loss, rate, validation (error), error (on ``part``), edge ("low", "high" or "both": the ends of the
-        grid, after it has grown, that no rate is better than; else ""), lowest and highest (rate tried). Errors are infinite
-        where no run stayed finite.
+        For each loss: loss, rate, validation (error, infinite where no run stayed finite), edge ("low", "high" or "both": the
+        ends of the grid, after it has grown, that no rate is better than; else ""), lowest and highest (rate tried). And
+        the models, in the order of the losses.
     """
     training = PopulationTraining(steps=steps)
+    losses = {name: copy.deepcopy(loss).to(key.device) for name, loss in losses.items()}
     runs = [_train(training, task, losses, rates, key)]
     if grown := _more_rates(rates, runs[0][1]):
         runs.append(_train(training, task, losses, grown, key))
@@ -73,19 +98,18 @@ def tuned_errors(
     validation_LR = np.concatenate([validation for _, validation in runs], axis=1)[:, order]
     chosen_L = [_middle_best(validation_R) for validation_R in validation_LR]
     places_L = [int(order[chosen]) for chosen in chosen_L]
-    errors_L = _errors_of(training, task, runs, places_L, part)
-    return [
+    found = [
         {
             "loss": name,
             "rate": float(every[place]),
             "validation": float(validation_LR[row, chosen]),
-            "error": error,
             "edge": _edge(validation_LR[row]),
             "lowest": float(every.min()),
             "highest": float(every.max()),
         }
-        for row, (name, chosen, place, error) in enumerate(zip(losses, chosen_L, places_L, errors_L, strict=True))
+        for row, (name, chosen, place) in enumerate(zip(losses, chosen_L, places_L, strict=True))
     ]
+    return found, _chosen(runs, places_L)
 
 
 def _train(
@@ -103,21 +127,16 @@ def _train(
     return trained, errors_P.double().cpu().numpy().reshape(len(losses), len(rates))
 
 
-def _errors_of(
-    training: PopulationTraining, task: LossTask, runs: Sequence, places_L: Sequence[int], part: str
-) -> list[float]:
-    """Errors on ``part`` of one model of each loss; ``places`` count through the rates of all runs."""
-    errors = [float("inf")] * len(places_L)
-    first = 0
+def _chosen(runs: Sequence[tuple[Trained, NDArray[np.float64]]], places_L: Sequence[int]) -> Trained:
+    """One model of each loss; ``places`` count through the rates of all runs."""
+    parts, order, first = [], [], 0
     for trained, validation_LR in runs:
         count = validation_LR.shape[1]
         own = [row for row, place in enumerate(places_L) if first <= place < first + count]
-        if own:
-            chosen = rows(trained, [row * count + places_L[row] - first for row in own])
-            for row, error in zip(own, training.errors(task, chosen, part, _CHUNK).tolist(), strict=True):
-                errors[row] = error
+        parts.append(rows(trained, [row * count + places_L[row] - first for row in own]))
+        order += own
         first += count
-    return errors
+    return rows(tree.map(lambda *same: torch.cat(same), *parts), np.argsort(order).tolist())
 
 
 def _middle_best(validation_R: NDArray[np.float64]) -> int:

@@ -51,4 +51,5 @@ def _spread(values: np.ndarray, decimals: int) -> str:
     if not len(values):
         return "-"
     mean = f"{values.mean():.{decimals}f}"
-    return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):.{decimals}f}"
+    known = len(values) > 1 and np.isfinite(values).all()
+    return f"{mean} ± {values.std(ddof=1):.{decimals}f}" if known else mean

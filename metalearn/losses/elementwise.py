@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional
 
 from metalearn.base import Loss, require_choice
@@ -20,6 +21,8 @@ from metalearn.base import Loss, require_choice
 OUTPUTS = ("softmax", "sigmoid", "identity")
 REDUCTIONS = ("mean", "sum", "none")
 VERSION = 1  # of saved losses
+MAX_BYTES = 2**20  # of a saved loss
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class ElementwiseLoss(Loss):
@@ -29,6 +32,9 @@ class ElementwiseLoss(Loss):
     (N, K, d1, ...) and a target class indices without the K axis, or probabilities of the prediction's shape. With
     "sigmoid" and "identity" both are of one shape, or the target lacks a last axis of size 1.
 
+    Class indices out of range are refused on the CPU. On an accelerator, where a look at them would wait for it, and in
+    compiled code and under ``torch.func`` nothing is checked beforehand; there it is torch that reports them.
+
     Args:
         output: "softmax", "sigmoid" or "identity": what is made of raw outputs.
         reduction: "mean", "sum" or "none". The mean is over examples; with ``weight`` and class indices it is the weighted mean.
@@ -36,7 +42,7 @@ class ElementwiseLoss(Loss):
         ignore_index: class index of examples that do not count; only for class indices.
 
     Raises:
-        ValueError: for values out of range, and shapes that do not fit.
+        ValueError: for values out of range, shapes that do not fit, and class indices that are no integers.
     """
 
     kind: ClassVar[str]  # what ``load_loss`` and files know it by
@@ -69,7 +75,7 @@ class ElementwiseLoss(Loss):
 
     def per_example(self, prediction_NK: Tensor, target_NK: Tensor) -> Tensor:
         terms_NK = self.terms(prediction_NK, target_NK)
-        return (terms_NK if self.weight is None else terms_NK * self.weight.to(terms_NK.dtype)).sum(-1)
+        return (terms_NK if self.weight is None else terms_NK * self.weight.to(terms_NK)).sum(-1)
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         precise = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
@@ -100,14 +106,25 @@ class ElementwiseLoss(Loss):
         *shape, num_classes = by_class.shape
         if list(target.shape) != shape:
             raise ValueError(f"target has shape {tuple(target.shape)}; accepted for class indices: {tuple(shape)}")
+        if target.dtype not in INTEGERS:
+            raise ValueError(f"target has type {target.dtype}; accepted: integer class indices, or probabilities")
         kept = target != self.ignore_index
         index = torch.where(kept, target, 0).long()
+        self._require_classes(index, num_classes)
         # Examples that do not count reach neither the value nor the derivative, whatever their predictions are.
         losses = self._losses(
             torch.where(kept.unsqueeze(-1), by_class, 0.0), one_hot(index, num_classes, by_class.dtype)
         )
         counted = kept if self.weight is None else kept * self.weight[index]
         return self._reduced(torch.where(kept, losses, 0.0), counted.to(losses.dtype).sum())
+
+    def _require_classes(self, index: Tensor, num_classes: int) -> None:
+        if torch.compiler.is_compiling() or index.device.type != "cpu" or is_functorch_wrapped_tensor(index):
+            return
+        strange = index[(index < 0) | (index >= num_classes)]
+        if len(strange):
+            wanted = f"class indices 0 to {num_classes - 1}, or ignore_index, {self.ignore_index}"
+            raise ValueError(f"target has class index {strange[0].item()}; accepted: {wanted}")
 
     def _losses(self, prediction: Tensor, target: Tensor) -> Tensor:
         num_outputs = prediction.shape[-1]
@@ -128,19 +145,29 @@ class ElementwiseLoss(Loss):
     # -- saving ----------------------------------------------------------------------------------------------------------
 
     def options(self) -> dict[str, Any]:
-        """The settings that a copy is built with, in builtins."""
+        """The settings that a copy is built with, in builtins; ``ValueError`` for numbers that are not finite."""
         found = {name: getattr(self, name) for name in self.settings}
-        return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in found.items()}
+        return {name: finite_list(name, value) if isinstance(value, Tensor) else value for name, value in found.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """The whole loss in builtins, as ``loss_from_json`` reads it."""
+        """The whole loss in builtins, as ``loss_from_json`` reads it.
+
+        Raises:
+            ValueError: for weights that have ceased to be finite, which no copy could be built with.
+        """
         return {"version": VERSION, "loss": self.kind} | self.options()
 
     def save(self, path: str | Path) -> None:
-        """Write ``to_json`` to a file, whole or not at all."""
-        path = Path(path)
+        """Write ``to_json`` to a file, whole or not at all.
+
+        Raises:
+            ValueError: as ``to_json``, and for what ``load_loss`` would refuse for its size, 1 MiB.
+        """
+        path, content = Path(path), json.dumps(self.to_json(), indent=1).encode()
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"the saved loss would have {len(content)} bytes; accepted: at most {MAX_BYTES}")
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
+        partial.write_bytes(content)
         partial.replace(path)
 
 
@@ -154,7 +181,7 @@ class WeightedLoss(ElementwiseLoss):
         self.weights = nn.Parameter(vector.to(torch.get_default_dtype()), requires_grad=trainable)
 
     def to_json(self) -> dict[str, Any]:
-        return super().to_json() | {"weights": self.weights.tolist()}
+        return super().to_json() | {"weights": finite_list("weights", self.weights)}
 
 
 def activate(prediction: Tensor, output: str) -> Tensor:
@@ -182,6 +209,15 @@ def finite_vector(name: str, values: Any, count: int | None = None) -> Tensor:
     if vector.ndim != 1 or (count is not None and len(vector) != count) or not vector.isfinite().all():
         raise ValueError(wanted.format(f"{shown(values)} of shape {tuple(vector.shape)}"))
     return vector
+
+
+def finite_list(name: str, vector: Tensor) -> list[float]:
+    """The numbers of a vector; ``ValueError`` naming the first that is not finite."""
+    numbers: list[float] = vector.tolist()
+    for place, number in enumerate(numbers):
+        if not math.isfinite(number):
+            raise ValueError(f"{name}[{place}] is {number}; accepted: finite numbers")
+    return numbers
 
 
 def require_number(name: str, value: Any, low: float, high: float = math.inf) -> float:

@@ -8,13 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from metalearn.losses import compiled
-from metalearn.losses.elementwise import VERSION, ElementwiseLoss, WeightedLoss, shown
+from metalearn.losses.elementwise import MAX_BYTES, VERSION, ElementwiseLoss, WeightedLoss, finite_list, shown
 from metalearn.losses.network import NetworkLoss
 from metalearn.losses.program import Program
 from metalearn.losses.standard import STANDARD
 from metalearn.losses.taylor import TaylorLoss
-
-MAX_BYTES = 2**20
 
 
 class LearnedLoss(WeightedLoss):
@@ -83,8 +81,8 @@ class LearnedLoss(WeightedLoss):
         return symbolic.latex(self.sympy())
 
     def source(self) -> str:
-        """Python code of a function ``loss(y, p)``, entry by entry, that needs torch alone."""
-        return compiled.source(self.program, self.weights.tolist())
+        """Python code of a function ``loss(y, p)``, entry by entry, that needs torch alone; ``ValueError`` as ``to_json``."""
+        return compiled.source(self.program, finite_list("weights", self.weights))
 
     def to_json(self) -> dict[str, Any]:
         named = {"program": list(self.program.names), "text": str(self.program), "provenance": self.provenance}
@@ -129,8 +127,8 @@ def loss_from_json(saved: Any, **options: Any) -> ElementwiseLoss:
     Raises:
         ValueError: for what is no such description.
     """
-    if not isinstance(saved, dict) or saved.get("version") != VERSION:
-        version = saved.get("version") if isinstance(saved, dict) else saved
+    version = saved.get("version") if isinstance(saved, dict) else saved
+    if not isinstance(saved, dict) or type(version) is not int or version != VERSION:
         raise ValueError(f"version is {shown(version)}; accepted: a loss saved in version {VERSION}")
     name = saved.get("loss")
     if not isinstance(name, str) or name not in KINDS:

@@ -8,8 +8,11 @@ import ast
 import keyword
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from metalearn.base import require_choice, require_range
+
+MAX_NAME = 24  # characters of an operator's name
 
 
 @dataclass(frozen=True)
@@ -17,13 +20,14 @@ class Operator:
     """One row of the table.
 
     Args:
-        name: a Python identifier.
+        name: a Python identifier of at most 24 ASCII characters, a letter first.
         arity: number of arguments, 1 or 2.
         torch: the operator on tensors ``a`` (and ``b``), as "torch.tanh(a)"; finite for all finite arguments.
         derivatives: by each argument, in terms of ``a`` and ``b``. Sums, products, whole powers, numbers and calls of
             other operators are seen through by the symbolic derivative; any other call, as "torch.sigmoid(a)", is
             kept as it is.
-        formula: what sympy makes of it, in sympy's own functions, as "log(Max(Abs(a), 1e-7))".
+        formula: what sympy makes of it, in sympy's own functions, as "log(Max(Abs(a), 1e-7))". Whether sympy has them is
+            found out when the formula is first written out, not by ``add_operator``, which does without sympy.
         latex: how it is typeset: a product or what needs no brackets within one. ``{a}`` and ``{b}`` are the arguments;
             ``{a:factor}`` has brackets around sums and negative values, ``{a:base}`` around all but names and numbers.
         complexity: what it adds to a loss's complexity, at least 0.
@@ -50,8 +54,13 @@ class Operator:
 
     def code(self, *arguments: str) -> str:
         """torch code of the operator applied to variables of these names."""
-        guarded = [name if self.protect == "a" else f"({substitute(self.protect, name)})" for name in arguments]
-        return substitute(self.torch, *guarded)
+        return substitute(self.torch, *(substitute(self._guard, name) for name in arguments))
+
+    @cached_property
+    def _guard(self) -> str:
+        """``protect`` with the brackets that it needs within any expression."""
+        alone = isinstance(ast.parse(self.protect, mode="eval").body, ast.Name | ast.Call)
+        return self.protect if alone else f"({self.protect})"
 
 
 def substitute(formula: str, a: str, b: str = "b") -> str:
@@ -111,13 +120,14 @@ def add_operator(row: Operator) -> None:
     """Add a row, so that losses can be written with it, differentiated, typeset and searched for.
 
     Raises:
-        ValueError: for a name that is taken or no identifier, a number of derivatives that is not the arity, a negative
-            complexity, and formulas that are no expressions of the arguments.
+        ValueError: for a name that is taken, too long or no identifier, a number of derivatives that is not the arity, a
+            negative complexity, and formulas that are no expressions of the arguments.
     """
     if row.name in OPERATORS or row.name in TERMINALS or not row.name.isidentifier() or keyword.iskeyword(row.name):
         raise ValueError(f"name is {row.name!r}; accepted: an identifier that is not among {', '.join(OPERATORS)}")
-    if not row.name.isascii() or row.name.startswith("_"):
-        raise ValueError(f"name is {row.name!r}; accepted: ASCII letters, digits and underscores, a letter first")
+    if not row.name.isascii() or row.name.startswith("_") or len(row.name) > MAX_NAME:
+        wanted = f"at most {MAX_NAME} ASCII letters, digits and underscores, a letter first"
+        raise ValueError(f"name is {row.name!r}; accepted: {wanted}")
     require_choice("arity", row.arity, (1, 2))
     require_range("complexity", row.complexity, 0)
     if not isinstance(row.derivatives, tuple) or len(row.derivatives) != row.arity:

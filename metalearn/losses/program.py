@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from metalearn.losses.operators import OPERATORS, TERMINALS
+from metalearn.losses.operators import MAX_NAME, OPERATORS, TERMINALS
 
 MAX_NODES = 512
 MAX_HEIGHT = 64
-MAX_CHARACTERS = 16 * MAX_NODES
+MAX_CHARACTERS = (MAX_NAME + 2) * MAX_NODES  # a node has a name, a bracket or comma before it and a bracket after it
 
 _TOKEN = re.compile(r"\s*(?:([A-Za-z][A-Za-z0-9_]*|-?1(?![0-9.]))|([(),]))", re.ASCII)
 

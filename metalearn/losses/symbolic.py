@@ -24,13 +24,9 @@ _TERMINALS = {"y": TARGET, "p": OUTPUT, "1": sympy.Integer(1), "-1": sympy.Integ
 _NAMES = {symbol: name for name, symbol in _TERMINALS.items()}
 
 
-def weight_symbols(count: int) -> tuple[sympy.Symbol, ...]:
-    """``w0, w1, …``: the weights of a program's edges."""
-    return tuple(_weight(place) for place in range(count))
-
-
 @functools.lru_cache(maxsize=1024)
 def _weight(place: int) -> sympy.Symbol:
+    """``w0, w1, …``: the weights of a program's edges."""
     return sympy.Symbol(f"w{place}")  # no assumptions: asking for them would take most of the time
 
 
@@ -105,10 +101,12 @@ def _formula_of(row: Operator) -> Callable[..., sympy.Expr]:
             f"formula of {row.name} has {ast.unparse(node)!r}; accepted: arithmetic and functions of sympy"
         )
 
+    def call(name: str) -> Callable[..., sympy.Expr] | None:
+        known = getattr(sympy, name, None)
+        return known if callable(known) else None
+
     tree = ast.parse(row.formula, mode="eval").body
-    return lambda *values: _algebra(
-        tree, dict(zip(row.arguments, values, strict=True)), lambda name: getattr(sympy, name, None), refuse
-    )
+    return lambda *values: _algebra(tree, dict(zip(row.arguments, values, strict=True)), call, refuse)
 
 
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from metalearn.losses.program import Program
 from metalearn.search.candidates import Scored
 
 
@@ -15,13 +17,12 @@ class Cache:
     """Scores by the names of candidates, in the order in which they were found; lines of other settings are not read.
 
     Args:
-        path: the file; null keeps nothing on disk.
+        path: the file; null keeps nothing on disk, as in all ranks but one.
         settings: a hash of everything else that a score depends on: data, model, rule, training, local search, seed.
-        writes: whether this process adds to the file; of several ranks one does.
     """
 
-    def __init__(self, path: Path | None, settings: str, writes: bool = True):
-        self.path, self.settings, self.writes = path, settings, writes
+    def __init__(self, path: Path | None, settings: str):
+        self.path, self.settings = path, settings
         self.known: dict[str, Scored] = {}
         for line in path.read_text().splitlines() if path is not None and path.exists() else []:
             found = [Scored.from_builtins(entry) for entry in _entries(line, settings)]
@@ -30,11 +31,12 @@ class Cache:
     def add(self, found: Sequence[Scored]) -> None:
         """Remember these, in this order."""
         self.known |= {scored.candidate.name: scored for scored in found}
-        if self.path is not None and self.writes and found:
+        if self.path is not None and found:
             line = json.dumps({"settings": self.settings, "scored": [scored.to_builtins() for scored in found]})
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a") as file:
-                file.write(line + "\n")
+            with open(self.path, "a+b") as file:
+                torn = file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+                file.write(b"\n" * torn + line.encode() + b"\n")
 
 
 def _entries(line: str, settings: str) -> list[dict[str, Any]]:
@@ -66,6 +68,8 @@ def _digest(value: Any, digest: Any, depth: int) -> None:
         for one in value:
             _digest(one, digest, depth + 1)
         digest.update(b"]")
+    elif isinstance(value, Program):
+        digest.update(str(value).encode())
     elif value is None or isinstance(value, str | int | float | bool):
         digest.update(repr(value).encode() + b";")
     elif callable(value) and not hasattr(value, "__dict__"):

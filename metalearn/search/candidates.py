@@ -66,9 +66,7 @@ class Scored(NamedTuple):
     tuned: tuple[float, ...] = ()  # weights after local search, under which it was trained; () where there was none
     errors: tuple[float, ...] = ()  # of each task, on validation examples; () where it was never trained to the end
     verdict: str = "scored"  # or why not: "dead", "not finite", "wrong sign", "rejected", "diverged", "halved"
-    like: str = (
-        ""  # the name of the earlier candidate whose gradient it has after tuning, and so its errors; "" for none
-    )
+    like: str = ""  # the name of the earlier candidate whose gradient, and so errors, it has after tuning; "" for none
 
     @property
     def error(self) -> float:
@@ -105,11 +103,18 @@ class Scored(NamedTuple):
 
 
 def gradients_of(losses: Sequence[Candidate | Loss], output: str) -> CandidateGradients:
-    """The gradients of candidates and of finished losses as one population, in their order; programs by generated code."""
+    """The gradients of candidates and of finished losses as one population, in their order.
+
+    Programs go by generated code, if they are of this output and have no weights of classes; all else by autograd.
+
+    Args:
+        losses: candidates, to which ``output`` applies, and losses, which have their own.
+        output: "softmax", "sigmoid" or "identity".
+    """
     symbolic: list[tuple[int, Program, Tensor]] = []
     others: list[tuple[int, Loss]] = []
     for place, loss in enumerate(losses):
-        if isinstance(loss, LearnedLoss):
+        if isinstance(loss, LearnedLoss) and loss.weight is None and loss.output == output:
             symbolic.append((place, loss.program, loss.weights.detach()))
         elif isinstance(loss, Candidate) and loss.program is not None:
             symbolic.append((place, loss.program, torch.tensor(loss.weights, dtype=torch.float64)))

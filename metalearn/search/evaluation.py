@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
 
+from metalearn import tree
+from metalearn.losses.operators import OPERATORS
 from metalearn.problems.learned_loss import LossTask
 from metalearn.random import fold
 from metalearn.search.cache import Cache, settings_hash
@@ -20,13 +23,15 @@ from metalearn.search.local import LocalSearch
 from metalearn.search.population import PopulationTraining
 from metalearn.search.screening import Screening, same_gradient
 
+UNTRAINED = ("dead", "not finite", "wrong sign", "rejected")  # verdicts of screening
+
 
 class Evaluation:
     """Scores candidates: the validation errors of the models that are trained under them.
 
     A score is a function of the canonical candidate, the settings and the key: equal candidates share it, wherever and
-    whenever they are proposed. With ``world`` ranks, each tunes and trains its share of the candidates, and all
-    know all scores.
+    whenever they are proposed (with convolutions to about 1e-8, as their rounding may depend on how many go together).
+    With ``world`` ranks, each tunes and trains its share of the candidates, and all know all scores.
 
     Args:
         tasks: what candidates are trained on; all of one output. Weights are tuned on the first.
@@ -34,7 +39,8 @@ class Evaluation:
         screening: what is decided before; None for nothing.
         local_search: how weights are tuned; None for weights as proposed, or ones.
         key: of all draws.
-        cache: file of scores from before; None for none.
+        cache: file of scores from before; None for none. Of several ranks the first reads and writes it.
+        precision: of the matrix products, as the Trainer's; scores are those of one precision.
         rank: of this process.
         world: processes that share the work.
     """
@@ -49,14 +55,32 @@ class Evaluation:
         cache: Path | None = None,
         rank: int = 0,
         world: int = 1,
+        precision: str = "32-true",
     ):
         self.tasks, self.training, self.screening, self.local_search = list(tasks), training, screening, local_search
         self.key, self.rank, self.world = key, rank, world
         self.counts: dict[str, int] = {}
         self.known: dict[str, str] = {}  # what screening knows of earlier candidates; part of a checkpoint
-        identity = [(task.record(), task.rule, task.batch_size, task.initial(fold(key, "init"))) for task in tasks]
-        settings = settings_hash(identity, training, screening, local_search, int(key), torch.is_autocast_enabled())
-        self.cache = Cache(cache, settings, writes=rank == 0)
+        settings = evaluation_settings(tasks, training, screening, local_search, key, precision)
+        self.cache = Cache(cache if rank == 0 else None, settings)
+        if world > 1:
+            found = [[scored.to_builtins() for scored in self.cache.known.values()]]
+            torch.distributed.broadcast_object_list(found)
+            self._remember(found[0])
+
+    def state(self) -> dict[str, Any]:
+        """All that is known of candidates, in builtins: a resumed search needs no file."""
+        return {"known": dict(self.known), "scored": [scored.to_builtins() for scored in self.cache.known.values()]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Know what ``state`` says, before what the file may say of later generations."""
+        later, self.cache.known, self.known = self.cache.known, {}, dict(state["known"])
+        self._remember(state["scored"])
+        self.cache.known = self.cache.known | {name: one for name, one in later.items() if name not in self.cache.known}
+
+    def _remember(self, saved: list[dict[str, Any]]) -> None:
+        found = [Scored.from_builtins(one) for one in saved]
+        self.cache.known = {scored.candidate.name: scored for scored in found}
 
     @property
     def task(self) -> LossTask:
@@ -80,13 +104,14 @@ class Evaluation:
         alive = self._protocol([one for one in new if one not in verdicts], verdicts)
         found = self._reused(alive, self._tuned(alive))
         self.cache.add([Scored(one, verdict=verdicts[one]) if one in verdicts else found[one] for one in new])
+        scores = [self.cache.known[firsts[one]] for one in canonical]
         self.counts = {
             "unique": len(set(firsts.values())),
-            "rejected": sum(one in verdicts for one in unique),
+            "rejected": len({scored.candidate for scored in scores if scored.verdict in UNTRAINED}),
             "known": len(unique) - len(new),
-            "trained": sum(one in alive for one in new),
+            "trained": len(alive),
         }
-        return [self.cache.known[firsts[one]] for one in canonical]
+        return scores
 
     def _screened(self, candidates: list[Candidate]) -> tuple[dict[Candidate, str], dict[Candidate, str]]:
         """Verdicts of those that are not trained, and the name of the first candidate that each is equal to.
@@ -95,7 +120,8 @@ class Evaluation:
         """
         if self.screening is None:
             return {}, {one: one.name for one in candidates}
-        found = self.screening.screen(candidates, self.task.output, self.weighted, self.known)
+        known = {key: name for key, name in self.known.items() if name in self.cache.known}
+        found = self.screening.screen(candidates, self.task.output, self.weighted, known)
         self.known = found.known
         verdicts = {one: verdict for one, verdict in zip(candidates, found.verdicts, strict=True) if verdict}
         return verdicts, dict(zip(candidates, found.names, strict=True))
@@ -105,7 +131,7 @@ class Evaluation:
         if self.screening is None or not candidates:
             return candidates
         gradients = gradients_of(candidates, self.task.output)
-        if not self.task.regression:  # verdicts are those of exact gradients, at a fraction of their cost
+        if not self.task.regression:  # a fraction of the cost; 0 of 64 verdicts differed
             gradients = tabulated(gradients, self.key.device)
         rejected = self.screening.rejected(self.task, gradients, fold(self.key, "init"))
         verdicts |= {one: "rejected" for one, bad in zip(candidates, rejected, strict=True) if bad}
@@ -168,6 +194,29 @@ class Evaluation:
         if self.world > 1:
             torch.distributed.all_reduce(found)
         return found.cpu()
+
+
+def evaluation_settings(
+    tasks: Sequence[LossTask],
+    training: PopulationTraining,
+    screening: Screening | None,
+    local_search: LocalSearch | None,
+    key: Tensor,
+    precision: str,
+) -> str:
+    """A hash of all that scores depend on besides the candidate."""
+    key = key.cpu()
+    identity = []
+    for task in tasks:
+        start = task.start({}, *task.initial(fold(key, "init")))
+        inputs = task.examples("train", "cpu").inputs[:4]
+        with torch.no_grad():
+            model = str(task.module), tree.pack(start.params), task.predict(start, inputs)
+        sizes = task.batch_size, task.outer_batch_size, task.init_seed, task.sigmoid, task.scale_targets
+        identity.append((task.record(), model, task.rule, sizes))
+    operators = [vars(row) for row in OPERATORS.values()]
+    procedure = training, screening, local_search
+    return settings_hash(identity, procedure, operators, int(key), precision, torch.__version__)
 
 
 class _SharedChoice:

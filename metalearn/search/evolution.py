@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metalearn.base import require_choice, require_range
 from metalearn.losses.learned import LearnedLoss, load_loss
-from metalearn.losses.program import MAX_HEIGHT, MAX_NODES
+from metalearn.losses.program import MAX_HEIGHT, MAX_NODES, Program
 from metalearn.losses.taylor import NUM_WEIGHTS
 from metalearn.random import fold
 from metalearn.search import operators
@@ -40,6 +40,10 @@ class Strategy(ABC):
             population: what survived so far; empty at first.
             key: scalar; the only source of randomness.
         """
+
+    def example(self) -> Candidate:
+        """A loss of the kind that is proposed, to see beforehand what can be done with it."""
+        return Candidate(Program.parse("sub(y,p)"))
 
     @abstractmethod
     def survive(self, population: Sequence[Scored], children: Sequence[Scored]) -> list[Scored]:
@@ -205,6 +209,9 @@ class TaylorEvolution(Strategy):
             raise ValueError(f"sigma is {sigma!r}; accepted: 0 < sigma < inf")
         self.population_size = population_size
         self.distribution = cma.Strategy([0.0] * NUM_WEIGHTS, sigma, lambda_=population_size)
+
+    def example(self) -> Candidate:
+        return Candidate(None, (0.0,) * NUM_WEIGHTS)
 
     def ask(self, generation: int, population: Sequence[Scored], key: Tensor) -> list[Candidate]:
         with drawing_from(fold(key, generation)):

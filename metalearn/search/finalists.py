@@ -19,7 +19,7 @@ class Tuning:
     """Gradient descent on the weights of the best losses, through training runs of a long horizon.
 
     Each finalist's weights take ``steps`` steps of Adam along the meta-gradient of ``estimator``, every step through a
-    window of its own minibatches. An estimate that is not finite is not followed.
+    window of its own minibatches, in the parameters' precision. An estimate that is not finite is not followed.
 
     Args:
         estimator: of meta-gradients; ``ForwardMode`` is exact, and cheap for a dozen weights; PES for windows.
@@ -68,7 +68,7 @@ class Tuning:
     def step(self, problem: LossTask, state: Tree, key: Tensor) -> tuple[Tree, Tensor]:
         """The state after one step, and the meta-objective before it."""
         batches = problem.batches(fold(key, "data"), self.window)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(key.device.type, enabled=False):
             found = self.estimator.estimate(problem, state["meta"], state["estimator"], batches, fold(key, "estimate"))
             after = {"meta": state["meta"], "rule": state["rule"], "estimator": found.state}
             if tree.norm(found.grad).isfinite():
@@ -79,6 +79,9 @@ class Tuning:
 
 class Rescoring:
     """Errors of finished losses that the search has not seen: fresh seeds, every step exact, float32, untouched examples.
+
+    The best loss of a run is the one with the least of these errors; they are then no longer free of choice, and its error
+    is measured on "test".
 
     Args:
         finalists: losses of the hall of fame that are scored, at least 1.

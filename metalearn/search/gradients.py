@@ -60,7 +60,8 @@ class SymbolicGradients(CandidateGradients):
                 raise ValueError(f"weights of {program} have shape {shape}; accepted: (0,) or ({program.num_weights},)")
         self.count, self.output = len(programs), output
         self.programs, self.weights = list(programs), [own.detach() for own in weights]
-        self._cast: tuple[torch.device, torch.dtype, list[Tensor]] | None = None  # the weights as they were last used
+        # The weights as they were last used.
+        self._cast: tuple[torch.device, torch.dtype, list[Tensor]] | None = None
         self._slopes = [compile_gradient(program, len(own) > 0) for program, own in zip(programs, weights, strict=True)]
 
     def gradient(self, prediction_PNK: Tensor, target_NK: Tensor) -> Tensor:
@@ -180,9 +181,8 @@ class MixedGradients(CandidateGradients):
     def __init__(self, parts: Sequence[CandidateGradients]):
         self.parts = list(parts)
         self.count = sum(part.count for part in parts)
-        self._order: list[int] | None = (
-            None  # candidate i is the parts' candidate order[i]; None where all are in order
-        )
+        # Candidate i is the parts' candidate order[i]; None where all are in order.
+        self._order: list[int] | None = None
 
     def gradient(self, prediction_PNK: Tensor, target_NK: Tensor) -> Tensor:
         if self._order is not None:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from metalearn.base import require_range
+from metalearn.files import write_whole
 from metalearn.search.candidates import Scored
 from metalearn.search.operators import is_trained, standing
 
-COLUMNS = ("rank", "error", "complexity", "verdict", "program", "weights")
+COLUMNS = ("rank", "error", "complexity", "verdict", "program", "weights", "pareto")
 
 
 class HallOfFame:
@@ -62,16 +63,26 @@ class HallOfFame:
         return front
 
     def rows(self, extra: Mapping[str, Mapping[str, Any]] | None = None) -> list[dict[str, Any]]:
-        """The table: rank, error, complexity, verdict, program, weights (a JSON list), then what was noted.
+        """The table: rank, error, complexity, verdict, program, weights (a JSON list), pareto, then what was noted.
+
+        ``pareto`` is 1 where no loss is better in error without being more complex, else 0.
 
         Args:
             extra: further columns of some losses, by the ``name`` of their canonical candidate.
         """
-        rows = []
+        rows, front = [], set(map(id, self.pareto()))
         for rank, (scored, noted) in enumerate(self.entries, start=1):
             best, more = scored.best, (extra or {}).get(scored.candidate.canonical.name, {})
             weights = best.weights or (1.0,) * (best.program.num_weights if best.program else 0)
-            known = (rank, scored.error, best.complexity, scored.verdict, best.text, json.dumps(weights))
+            known = (
+                rank,
+                scored.error,
+                best.complexity,
+                scored.verdict,
+                best.text,
+                json.dumps(weights),
+                int(id(scored) in front),
+            )
             rows.append(dict(zip(COLUMNS, known, strict=True)) | noted | dict(more))
         return rows
 
@@ -83,10 +94,7 @@ class HallOfFame:
         writer = csv.DictWriter(text, list(names), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(text.getvalue().encode())
-        partial.replace(path)
+        write_whole(path, text.getvalue())
 
     def to_builtins(self) -> list[dict[str, Any]]:
         """As a checkpoint holds it."""

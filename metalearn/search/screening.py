@@ -322,7 +322,7 @@ class Screening:
             key: of the model's initial parameters.
         """
         inputs, targets = (leaf[: self.rejection_examples] for leaf in task.examples("train", key.device))
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(key.device.type, enabled=False):  # errors are compared to the last bit
             first_NK = task.predict(task.start({}, *task.initial(key)), inputs)
             target_NK = task.target_matrix(targets)
             params = {"prediction": first_NK.expand(gradients.count, *first_NK.shape).clone()}

@@ -5,7 +5,6 @@
 
 import json
 import math
-import os
 import statistics
 import time
 import warnings
@@ -19,9 +18,11 @@ from torch import Tensor, nn
 
 from metalearn import random, tree
 from metalearn.base import Tree, require_range
-from metalearn.problems.learned_loss import LossTask
+from metalearn.files import write_whole
+from metalearn.problems.learned_loss import UNTOUCHED, LossTask
+from metalearn.search.cache import settings_hash
 from metalearn.search.candidates import Candidate, Scored
-from metalearn.search.evaluation import Evaluation
+from metalearn.search.evaluation import Evaluation, evaluation_settings
 from metalearn.search.evolution import Stopping, Strategy
 from metalearn.search.finalists import Rescoring, Tuning
 from metalearn.search.hall_of_fame import HallOfFame
@@ -61,7 +62,7 @@ class LossSearch(Evaluated):
 
     Source: Raymond et al. 2023, "Learning Symbolic Model-Agnostic Loss Functions via Meta-Learning", algorithms 1-3.
     Differs from the paper: screening comes before local search; duplicates are found by their gradients; there is an
-    elite; the hall of fame is scored again on data that the search has not seen.
+    elite; the best of the hall of fame is chosen on examples that the search has not seen, and measured on yet others.
     """
 
     def __init__(
@@ -82,6 +83,11 @@ class LossSearch(Evaluated):
         self.tasks = [task, *(tasks or [])]
         self.strategy, self.fitness, self.screening = strategy, fitness, screening
         self.local_search, self.tuning = local_search, tuning
+        if local_search is not None and strategy.example().program is None:
+            raise ValueError(
+                f"local_search is given with {type(strategy).__name__}, whose losses have no program; accepted: null"
+            )
+        self.settings = settings_hash(strategy, tuning, rescoring)
         self.stopping, self.rescoring = stopping or Stopping(), rescoring or Rescoring()
         self.anchor = nn.Parameter(torch.zeros(()))  # what data-parallel strategies ask a module to have
         self.hall = HallOfFame(hall_of_fame)
@@ -91,7 +97,7 @@ class LossSearch(Evaluated):
         self.place = 0  # finalists tuned so far times steps, plus steps of the present one
         self.tuned: Tree = None
         self._saved_tuned: dict[str, Tensor] | None = None
-        self._known: dict[str, str] = {}
+        self._saved_scores: dict[str, Any] | None = None
         self.evaluation: Evaluation | None = None
 
     # -- set-up ------------------------------------------------------------------------------------------------------
@@ -112,6 +118,13 @@ class LossSearch(Evaluated):
     def setup(self, stage: str) -> None:
         for task in self.tasks:
             task.open(test=stage == "test")
+        if UNTOUCHED not in self.task.parts:
+            raise ValueError(
+                f"untouched is {self.task.untouched}, which leaves no examples to score the best losses on; accepted: a "
+                "larger share of the validation part"
+            )
+        if self.tuning is not None:
+            self.tuning.problem(self.task, self.strategy.example())
         if len(outputs := {task.output for task in self.tasks}) > 1:
             raise ValueError(f"the tasks have {', '.join(sorted(outputs))} outputs; accepted: tasks of one kind")
         if stage == "fit" and not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
@@ -139,8 +152,11 @@ class LossSearch(Evaluated):
             self.run_dir / CACHE,
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
+            precision=self.trainer.precision,
         )
-        self.evaluation.known = self._known
+        if self._saved_scores is not None:
+            self.evaluation.load_state(self._saved_scores)
+            self._saved_scores = None
         if self._saved_tuned is not None:
             self.tuned = tree.unpack(self._begun(), self._saved_tuned)
             self._saved_tuned = None
@@ -149,6 +165,15 @@ class LossSearch(Evaluated):
     def run_dir(self) -> Path:
         """The run folder."""
         return Path(self.trainer.default_root_dir)
+
+    @property
+    def expected_steps(self) -> int | None:
+        """Steps of the whole run, for its progress bar; None where only the clock or a plateau knows."""
+        generations = self.stopping.generations
+        if generations is None:
+            return None
+        tuning = self.tuning.steps * self.tuning.finalists if self.tuning else 0
+        return min(generations + tuning + 1, self.trainer.max_steps)
 
     @property
     def finished(self) -> bool:
@@ -269,9 +294,7 @@ class LossSearch(Evaluated):
         self.hall.write(self.run_dir / HALL_OF_FAME, extra)
         if self.hall.entries:
             loss, about = self._best()
-            path, partial = self.run_dir / BEST, self.run_dir / f"{BEST}.partial"
-            partial.write_text(json.dumps(loss.to_json() | {"provenance": about}, indent=1))
-            os.replace(partial, path)
+            write_whole(self.run_dir / BEST, json.dumps(loss.to_json() | {"provenance": about}, indent=1))
 
     def _best(self) -> tuple[Any, dict[str, Any]]:
         """The loss with the least error known of it: on untouched examples at the end, on validation examples before."""
@@ -325,7 +348,7 @@ class LossSearch(Evaluated):
             "hall": self.hall.to_builtins(),
             "strategy": self.strategy.state(),
             "tuned": None if self.tuned is None else tree.pack(self.tuned),
-            "known": dict(self.evaluation.known) if self.evaluation is not None else {},
+            "scores": self.evaluation.state() if self.evaluation is not None else self._saved_scores,
             "card": self._card(),
         }
 
@@ -343,7 +366,7 @@ class LossSearch(Evaluated):
         self.population = [Scored.from_builtins(scored) for scored in saved["population"]]
         self.hall.load_builtins(saved["hall"])
         self.strategy.load_state(saved["strategy"])
-        self._saved_tuned, self._known = saved["tuned"], saved["known"]
+        self._saved_tuned, self._saved_scores = saved["tuned"], saved["scores"]
 
     def _card(self) -> dict[str, Any]:
         """What a resumed run must not change without saying so."""
@@ -353,4 +376,13 @@ class LossSearch(Evaluated):
             "local_search": None if self.local_search is None else type(self.local_search).__name__,
             "data": [record["fingerprint"] for record in records],
             "division": [record["division"] for record in records],
+            "settings of strategy, tuning or rescoring": self.settings,
+            "settings of the evaluation": evaluation_settings(
+                self.tasks,
+                self.fitness,
+                self.screening,
+                self.local_search,
+                random.key(0),
+                self.trainer.precision,
+            ),
         }

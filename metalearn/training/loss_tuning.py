@@ -14,6 +14,7 @@ import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 
 from metalearn.base import BASE, Estimator, InnerProblem
+from metalearn.files import write_whole
 from metalearn.losses.elementwise import ElementwiseLoss
 from metalearn.problems.learned_loss import LossTask
 from metalearn.training.meta_gradient import MetaGradientLearning
@@ -114,9 +115,7 @@ class LossTuning(MetaGradientLearning):
         content["provenance"] = {**content.get("provenance", {}), "tuning": self._provenance()}
         path = Path(self.trainer.default_root_dir) / BEST
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(content, indent=1))
 
     def _provenance(self) -> dict[str, Any]:
         task, data = self.task, self.task.record()

@@ -63,6 +63,8 @@ def test_matches_the_interpreted_program(weighted: bool) -> None:
         ("mul(mul(1,sub(y,p)),-1)", [], "-(y - p)"),
         ("sub(sub(y,y),p)", [], "-p"),
         ("add(1,mul(1,-1))", [], "0"),
+        ("mul(y,square(p))", [1, 1.0004, 1], "y*p^2"),
+        ("sub(mul(-1,y),p)", [1, 0.9996, 1, 0.9999], "-y - p"),
         ("tanh(sub(p,add(1,1)))", [], "tanh(p - 2)"),
     ],
 )

@@ -13,13 +13,16 @@ from metalearn.analysis.landscape import (
     equivalent_rates,
     equivalent_smoothing,
     filter_normalised,
+    landscape,
     loss_plane,
     plot_plane,
+    plot_planes,
     plot_rates,
     plot_smoothing,
-    save_plane,
     total_losses,
 )
+from metalearn.analysis.rates import tuned_errors
+from metalearn.analysis.transfer import compared_losses, open_source, open_task
 from metalearn.base import InnerState
 from metalearn.losses.learned import load_loss
 from metalearn.models.vision import LeNet
@@ -75,18 +78,44 @@ def test_matches_one_model_at_a_time(task: LossTask) -> None:
     pd.testing.assert_frame_equal(frame, whole, rtol=1e-12)
 
 
-def test_draws_the_plane_on_a_logarithmic_scale_where_that_helps(tmp_path: Path) -> None:
+def test_draws_the_plane_on_a_logarithmic_scale_where_that_helps() -> None:
     axis = np.linspace(-1, 1, 7)
     frame = pd.DataFrame(
         [(a, b, 0.01 + a * a + b * b, a) for a in axis for b in axis], columns=[*"ab", "objective", "tilt"]
     )
-    save_plane(frame, tmp_path / "made" / "plane")
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "made" / "plane.csv"), frame)
-    assert (tmp_path / "made" / "plane.png").stat().st_size > 10_000
     labels = [plot_plane(frame, value=name).figure.axes[1].get_ylabel() for name in ("objective", "tilt")]
     assert labels == ["log10 of objective", "tilt"]
     with pytest.raises(ValueError, match="value is 'error'; accepted: 'objective', 'tilt'"):
         plot_plane(frame, value="error")
+
+
+def test_planes_share_one_scale() -> None:
+    axis = np.linspace(-1, 1, 5)
+    rows = [(name, a, b, k * (0.01 + a * a + b * b)) for k, name in ((1, "x"), (9, "y")) for a in axis for b in axis]
+    figure = plot_planes(pd.DataFrame(rows, columns=["loss", *"ab", "objective"]))
+    panels, bars = [ax for ax in figure.axes if ax.get_title()], [ax for ax in figure.axes if not ax.get_title()]
+    assert [ax.get_title() for ax in panels] == ["x", "y"]
+    for bar in bars:
+        np.testing.assert_allclose(bar.get_ylim(), np.log10([0.01, 9 * 2.01]))
+
+
+def test_every_plane_has_the_model_that_its_loss_leads_to_in_the_middle(tmp_path: Path) -> None:
+    settings = {"seed": 3, "steps": 60, "rates": [0.01, 0.03, 0.1], "points": 3, "extent": 0.5, "out": str(tmp_path)}
+    planes = landscape(["square(sub(y,p))", "div(log(sub(y,p)),p)"], model="linear", **settings)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "landscape_digits_linear.csv"), planes, rtol=1e-6)
+    middle = planes[(planes["a"] == 0) & (planes["b"] == 0)].set_index("loss")
+    source = open_source("digits", "images", "train", None, 0.2)
+    task = open_task(source, "linear", SGD(10**-1.5, momentum=0.9), 128, test=False)
+    losses = compared_losses(list(middle.index[1:]), task, standard=("cross_entropy",))
+    found = tuned_errors(task, losses, settings["rates"], 60, random.key(3, "landscape"), "validation")
+    assert list(middle.index) == [row["loss"] for row in found] == ["cross_entropy", *list(middle.index[1:])]
+    np.testing.assert_allclose(middle["error"], [row["error"] for row in found], atol=1e-6)
+    rates = pd.read_csv(tmp_path / "landscape_digits_linear_rates.csv")
+    np.testing.assert_allclose(rates["rate"], [row["rate"] for row in found])
+    for name in ("landscape_digits_linear.png", "landscape_digits_linear_rates.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+    with pytest.raises(ValueError, match="out is None with no run among the losses"):
+        landscape(["square(sub(y,p))"], model="linear")
 
 
 # -- equivalences ------------------------------------------------------------------------------------------------------

@@ -41,7 +41,8 @@ def hall(folder: Path, output: str = "softmax", **columns: list) -> Path:
 
 def test_show_prints_the_table_and_draws_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     table = show(str(hall(tmp_path, complexity=[7, 4, 4], rescored=[None] * 3)), best=2)
-    assert list(table.columns) == ["rank", "error", "complexity", "formula"]  # what the run has not done is not shown
+    # What the run has not done is not shown.
+    assert list(table.columns) == ["rank", "error", "complexity", "pareto", "formula"]
     assert list(table["formula"]) == ["-2*y*log(1.5*p)", "(y - p)^2"]
     printed = capsys.readouterr().out
     assert "-2*y*log(1.5*p)" in printed and "0.05" in printed and "abs" not in printed
@@ -50,6 +51,24 @@ def test_show_prints_the_table_and_draws_the_picture(tmp_path: Path, capsys: pyt
 
 def test_a_hall_without_further_columns_is_shown(tmp_path: Path) -> None:
     assert list(show(str(hall(tmp_path)), curves=1).columns) == ["rank", "error", "formula"]
+
+
+def test_the_pareto_front_is_marked(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert list(show(str(hall(tmp_path, complexity=[7, 4, 4])))["pareto"]) == [True, True, False]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[3] for line in lines if line and line[0] in "123" and len(line) > 4][-3:-1] == ["*", "*"]
+    # The run knows losses that its table has no room for.
+    table = show(str(hall(tmp_path, complexity=[7, 4, 4], pareto=[0, 1, 0])), best=2)
+    assert list(table["pareto"]) == [False, True]
+
+
+def test_formulas_without_weights_are_simplified(tmp_path: Path) -> None:
+    text = "square(sub(mul(p,1),abs(abs(y))))"
+    rows = {"rank": [1, 2], "error": [0.1, 0.2], "program": [text, text]}
+    weights = [json.dumps([1.0] * 7), json.dumps([1.0] * 6 + [2.0])]
+    pd.DataFrame(rows | {"weights": weights}).to_csv(tmp_path / "hall_of_fame.csv", index=False)
+    load_loss(text).save(tmp_path / "best.json")
+    assert list(show(str(tmp_path), curves=1)["formula"]) == ["(p - abs(y))^2", "(p - abs(abs(2*y)))^2"]
 
 
 def test_losses_have_the_weights_that_are_better_on_untouched_data(tmp_path: Path) -> None:

@@ -86,8 +86,22 @@ def test_a_loss_that_diverges_at_every_rate_has_an_infinite_error() -> None:
     assert row["error"] == row["validation"] == float("inf") and row["edge"] == "" and row["highest"] == 1e8
 
 
-def test_the_default_grid_is_seven_rates_around_the_rules_own() -> None:
-    np.testing.assert_allclose(learning_rates(Adam(1e-2)), np.geomspace(10**-3.5, 10**-0.5, 7))
+def test_losses_go_where_the_key_is_and_stay_what_they_were(task: LossTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def stop(losses, output):
+        seen.extend(loss.weights.device.type for loss in losses)
+        raise InterruptedError
+
+    monkeypatch.setattr("metalearn.analysis.rates.gradients_of", stop)
+    loss = load_loss(LOSSES["square"])
+    with pytest.raises(InterruptedError):  # before anything is computed, which "meta" would not do
+        tuned_errors(task, {"square": loss}, [0.1, 0.2, 0.3], 5, KEY.to("meta"))
+    assert seen == ["meta"] * 3 and loss.weights.device.type == "cpu"
+
+
+def test_the_default_grid_is_nine_rates_around_the_rules_own() -> None:
+    np.testing.assert_allclose(learning_rates(Adam(1e-2)), np.geomspace(1e-3, 1e-1, 9))
     assert learning_rates(SGD(), [1, 0.1, 0.1, 0.01]) == [0.01, 0.1, 1.0]
     for rates in ([0.1, 0.2], [0.0, 0.1, 0.2], [-1, 1, 2]):
         with pytest.raises(ValueError, match="accepted: at least 3 different positive numbers"):

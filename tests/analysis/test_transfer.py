@@ -7,13 +7,15 @@ import pandas as pd
 import pytest
 import torch
 from problems.conftest import Clusters, double, opened
-from scipy.stats import ttest_ind
+from scipy.stats import ttest_ind, ttest_rel
 
 from metalearn.analysis.compare import holm
+from metalearn.analysis.rates import tuned_errors
 from metalearn.analysis.transfer import (
     build_model,
     compared_losses,
     open_source,
+    open_task,
     transfer,
     transfer_table,
     welch,
@@ -22,6 +24,7 @@ from metalearn.losses.learned import load_loss
 from metalearn.models.vision import MLP
 from metalearn.optim.first_order import SGD
 from metalearn.problems.learned_loss import LossTask
+from metalearn.tasks.synthetic import HeavyTailedRegression
 
 
 @pytest.fixture
@@ -49,7 +52,7 @@ def test_the_table_pairs_seeds_and_corrects_for_all_tests_of_the_command() -> No
         for seed in range(5)
     ]
     trials = pd.DataFrame(rows).assign(error=stream.normal(1, 0.1, len(rows)))
-    table = transfer_table(trials)
+    table = transfer_table(trials, confidence=0.9)
     assert list(table["loss"]) == ["mse", "mae", "mine"] * 2
     wide = {key: part["error"].to_numpy() for key, part in trials.groupby(["data", "loss"])}
     for row in table.to_dict("records"):
@@ -59,9 +62,18 @@ def test_the_table_pairs_seeds_and_corrects_for_all_tests_of_the_command() -> No
         if row["loss"] == "mse":
             assert np.isnan([row["difference"], row["p_welch"], row["p_holm"]]).all()
             continue
-        assert row["difference"] == pytest.approx((own - mse).mean()) and row["low"] < row["difference"] < row["high"]
+        interval = ttest_rel(own, mse).confidence_interval(0.9)
+        assert row["difference"] == pytest.approx((own - mse).mean())
+        assert (row["low"], row["high"]) == pytest.approx((interval.low, interval.high))
         assert row["p_welch"] == pytest.approx(ttest_ind(own, mse, equal_var=False).pvalue)
     np.testing.assert_allclose(table["p_holm"], holm(table["p_welch"]))
+
+
+def test_one_seed_has_no_interval_and_no_deviation() -> None:
+    trials = pd.DataFrame({"loss": ["mse", "mine"], "error": [1.0, 0.9], "rate": 0.1, "seed": 0})
+    row = transfer_table(trials.assign(data="a", model="mlp", baseline="mse")).iloc[1]
+    assert row["difference"] == pytest.approx(-0.1)
+    assert np.isnan(row[["sd", "low", "high", "p_welch", "p_holm"]].to_numpy(float)).all()
 
 
 # -- what is compared on what ------------------------------------------------------------------------------------------
@@ -102,6 +114,60 @@ def test_models_by_name_and_class_path() -> None:
         build_model("perceptron", digits)
 
 
+@pytest.mark.parametrize("path", ["os.path.join", "math.pi", "torch.nn.Identity", "torch.nn.ReLU", "builtins.print"])
+def test_what_makes_no_module_is_refused(path: str) -> None:
+    with pytest.raises(ValueError, match=rf"model is '{path}'.*accepted: what makes a module of 4 features") as found:
+        build_model(path, Clusters())(4, 3)
+    assert "\n" not in str(found.value)
+
+
+def test_everything_is_checked_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metalearn.analysis.transfer.tuned_errors", lambda *_: pytest.fail("trained"))
+    (tmp_path / "file").touch()
+    for options, message in (
+        ({"confidence": 1}, "confidence is 1; accepted: 0 < confidence < 1"),
+        ({"seeds": 1}, "seeds is 1; accepted: 2 <= seeds"),
+        ({"steps": 0}, "steps is 0; accepted: 1 <= steps"),
+        ({"out": str(tmp_path / "file" / "below")}, "out is .*accepted: a folder"),
+        ({"device": "cuda:99"}, "device is 'cuda:99'; accepted: one that torch finds here"),
+        ({"data": "digits,nothing.csv"}, "path is 'nothing.csv'"),
+        ({"data": "digits,digits"}, "data is 'digits,digits'; accepted: names that differ"),
+        ({"model": "linear,math.pi"}, "model is 'math.pi'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            transfer(["abs(sub(y,p))"], **{"model": "linear"} | options)
+
+
+def test_pairs_that_are_done_are_kept_when_a_later_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def train(*arguments):
+        calls.append(arguments)
+        if len(calls) > 2:
+            raise InterruptedError
+        return tuned_errors(*arguments)
+
+    monkeypatch.setattr("metalearn.analysis.transfer.tuned_errors", train)
+    with pytest.raises(InterruptedError):
+        settings = {"seeds": 2, "steps": 3, "rates": [0.01, 0.03, 0.1], "out": str(tmp_path)}
+        transfer(["abs(sub(y,p))"], model="linear,mlp", **settings)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "transfer_digits_linear.csv",
+        "transfer_digits_linear_seeds.csv",
+    ]
+
+
+def test_heavy_tailed_targets_are_compared_unscaled(tmp_path: Path) -> None:
+    source = open_source("heavy_tailed", "images", "train", None, 0.2)
+    task = open_task(source, "linear", SGD(0.01), 64, test=True)
+    assert source == HeavyTailedRegression()
+    torch.testing.assert_close(task.parts["train"].targets, source.read("train").targets)
+    settings = {"seeds": 2, "steps": 100, "rates": [1e-3, 3e-3, 1e-2], "batch_size": 64, "out": str(tmp_path)}
+    table = transfer(["abs(sub(y,p))"], data="heavy_tailed", **settings)
+    errors = table.set_index("loss")["error"]
+    assert errors["abs(sub(y,p))"] < errors["mse"]  # outliers pull squared error away
+
+
 def test_regression_is_compared_with_squared_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     table = transfer(
         ["abs(sub(y,p))"],
@@ -123,4 +189,4 @@ def test_regression_is_compared_with_squared_error(tmp_path: Path, capsys: pytes
     by_name = table[table["model"] == "mlp"].set_index("loss")
     assert by_name.loc["mae", "error"] == pytest.approx(by_name.loc["abs(sub(y,p))", "error"], rel=1e-4)
     printed = capsys.readouterr().out
-    assert "diabetes, mlp: test error (20 steps, 2 seeds); difference from mse with 95% interval" in printed
+    assert "diabetes, mlp: test error (20 steps, 2 seeds); difference from mse with 95% paired t interval" in printed

@@ -24,6 +24,11 @@ def test_summary_matches_mean_and_standard_deviation():
     assert table.values.tolist() == [["z", 2, "2.00 ± 1.41", "-"], ["a", 1, "2.00", "5"]]
 
 
+def test_values_that_have_no_deviation_are_shown_without():
+    trials = [{"method": "a", "value": 1.0}, {"method": "a", "value": float("inf")}]
+    assert summarise_trials(trials, {"value": 1}).values.tolist() == [["a", 2, "inf"]]
+
+
 def test_frame_has_a_row_per_trial():
     frame = trial_frame([{"method": "a", "accuracy": 0.5}, {"method": "b"}])
     assert frame["accuracy"].tolist() == pytest.approx([0.5, float("nan")], nan_ok=True)

@@ -108,6 +108,36 @@ def test_shapes_that_do_not_fit_are_refused(prediction, target, options):
         load_loss("mae", **options)(torch.zeros(prediction), target)
 
 
+@pytest.mark.parametrize("loss", [CROSS_ENTROPY, "mse"])
+@pytest.mark.parametrize("weight", [None, [1.0, 2.0, 3.0, 4.0]], ids=["plain", "weighted"])
+@pytest.mark.parametrize("index", [4, 255, -1])
+def test_classes_out_of_range_are_refused(loss, weight, index):
+    criterion = load_loss(loss, weight=weight, ignore_index=-7)
+    target = torch.tensor([0, -7, index, 3])
+    wanted = rf"target has class index {index}; accepted: class indices 0 to 3, or ignore_index, -7"
+    with pytest.raises(ValueError, match=wanted):
+        criterion(torch.zeros(4, 4), target)
+    with pytest.raises(ValueError, match=wanted):
+        criterion(torch.zeros(1, 4, 4), target.unsqueeze(0))
+    assert load_loss(loss, ignore_index=index)(torch.zeros(2, 4), torch.tensor([index, 3])).isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64])
+def test_class_indices_that_are_no_integers_are_refused(dtype):
+    with pytest.raises(ValueError, match=rf"target has type {dtype}; accepted: integer class indices"):
+        load_loss("cross_entropy")(torch.zeros(2, 3), torch.zeros(2, dtype=dtype))
+
+
+def test_matches_a_loop_under_vmap_of_the_gradient():
+    criterion = load_loss(CROSS_ENTROPY, weight=[1.0, 2.0, 0.5], ignore_index=1)
+    z, target = torch.randn(4, 5, 3, dtype=torch.float64), torch.arange(20).view(4, 5) % 3
+    slope = torch.func.grad(criterion)
+    found = torch.vmap(slope)(z, target)
+    torch.testing.assert_close(found, torch.stack([slope(*one) for one in zip(z, target, strict=True)]))
+    shared = torch.vmap(slope, in_dims=(0, None))(z, target[0])
+    torch.testing.assert_close(shared, torch.stack([slope(one, target[0]) for one in z]))
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -18,7 +18,8 @@ from torch import nn
 from torch.func import functional_call
 
 from metalearn.losses import symbolic
-from metalearn.losses.learned import MAX_BYTES, LearnedLoss, load_loss, loss_from_json
+from metalearn.losses.elementwise import MAX_BYTES
+from metalearn.losses.learned import LearnedLoss, load_loss, loss_from_json
 from metalearn.losses.program import Program
 
 TEXT = "mul(-1,mul(y,log(p)))"
@@ -76,6 +77,30 @@ def test_a_saved_file_is_whole_and_options_take_the_place_of_what_it_says(tmp_pa
     torch.testing.assert_close(again(Z, TARGET)[TARGET != 2].mean(), loss(Z, TARGET))
     with pytest.raises(ValueError, match="accepted: 5 finite numbers"):
         load_loss(tmp_path / "best.json", weights=[1.0])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_longer_finite_are_not_written(value: float, tmp_path: Path):
+    for name in ("weights", "weight"):
+        loss = LearnedLoss(TEXT, weight=[1.0, 2.0, 3.0])
+        with torch.no_grad():
+            getattr(loss, name)[2] = value
+        writers = [loss.to_json, lambda of=loss: of.save(tmp_path / "loss.json")]
+        for write in [*writers, loss.source] if name == "weights" else writers:
+            with pytest.raises(ValueError, match=rf"^{name}\[2\] is {value}; accepted: finite numbers"):
+                write()
+    assert not os.listdir(tmp_path)
+
+
+def test_what_is_saved_can_be_loaded_and_what_is_too_large_is_not_saved(tmp_path: Path):
+    path = tmp_path / "loss.json"
+    weight = torch.rand(30_000, dtype=torch.float64)
+    LearnedLoss(TEXT, weight=weight).save(path)
+    torch.testing.assert_close(load_loss(path).weight, weight.float())
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"bytes; accepted: at most {MAX_BYTES}"):
+        LearnedLoss(TEXT, weight=weight.repeat(10)).save(path)
+    assert not os.listdir(tmp_path)
 
 
 def test_copies_pickles_and_state_dicts_are_the_same_loss():
@@ -151,6 +176,8 @@ HOSTILE_FILES = [
             {"version": 2},
             {"version": "1"},
             {"version": []},
+            {"version": True},
+            {"version": 1.0},
             {"loss": "exec"},
             {"loss": ["program"]},
             {"loss": None},
@@ -181,6 +208,8 @@ HOSTILE_FILES = [
             {"ignore_index": math.nan},
             {"weight": [math.nan]},
             {"weight": "abc"},
+            {"weight": [1] * 300_000 + [None]},
+            {"weight": [1] * 400_000},
             {"provenance": []},
             {"loss": "focal", "gamma": math.nan},
             {"loss": "focal", "gamma": [2]},

@@ -6,8 +6,8 @@ import torch
 
 from metalearn.losses import compiled, symbolic
 from metalearn.losses.learned import load_loss
-from metalearn.losses.operators import OPERATORS, Operator, add_operator
-from metalearn.losses.program import Program
+from metalearn.losses.operators import MAX_NAME, OPERATORS, Operator, add_operator
+from metalearn.losses.program import MAX_CHARACTERS, MAX_NODES, Program
 
 SOFTPLUS = Operator(
     "softplus",
@@ -54,6 +54,7 @@ def test_the_operator_is_gone_when_the_table_is_as_it_was():
         ({"name": "__import__"}, "a letter first"),
         ({"name": "lambda"}, "name is 'lambda'"),
         ({"name": "s\u043eftplus"}, "ASCII"),
+        ({"name": "s" * (MAX_NAME + 1)}, f"at most {MAX_NAME} ASCII"),
         ({"arity": 3}, "arity is 3"),
         ({"arity": 2}, "accepted: 2 formulas"),
         ({"derivatives": ()}, "accepted: 1 formulas"),
@@ -69,6 +70,38 @@ def test_bad_rows_are_refused(table, change: dict, message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
         add_operator(dataclasses.replace(SOFTPLUS, **change))
     assert before == table
+
+
+def test_the_largest_programs_of_the_longest_name_round_trip_as_text(table):
+    pair = dataclasses.replace(SOFTPLUS, name="p" * MAX_NAME, arity=2, derivatives=("b", "a"), formula="a * b")
+    alone = dataclasses.replace(SOFTPLUS, name="s" * MAX_NAME)
+    add_operator(pair)
+    add_operator(alone)
+    deep = (alone.name,) * 50
+    broad = (pair.name,) * 8 + (*deep, "-1") * 9
+    for names in (broad, ("add", *broad, *(alone.name,) * 43, "p")):
+        program = Program(names)
+        assert Program.parse(str(program)) == program
+        assert len(str(program)) > 0.9 * MAX_CHARACTERS * len(program) / MAX_NODES
+    assert len(program) == MAX_NODES
+
+
+@pytest.mark.parametrize("formula", ["nosuch(a)", "core(a)", "a % 2", "c"])
+def test_a_formula_that_sympy_does_not_know_is_refused_when_it_is_written_out(table, formula: str):
+    add_operator(dataclasses.replace(SOFTPLUS, formula=formula))
+    expression = symbolic.expression(Program.parse("mul(y,softplus(p))"))
+    with pytest.raises(ValueError, match=r"formula of softplus has .*; accepted: arithmetic and functions of sympy"):
+        expression.doit()
+    with pytest.raises(ValueError, match=r"formula of softplus has"):
+        expression.subs({symbolic.TARGET: 0.5, symbolic.OUTPUT: 0.25}).evalf()
+
+
+@pytest.mark.parametrize("protect", ["a", "torch.abs(a)", "a + 1", "-a"])
+def test_protected_arguments_have_the_brackets_that_they_need(table, protect: str):
+    add_operator(dataclasses.replace(SOFTPLUS, name="cube", torch="a ** 3", protect=protect))
+    a = torch.tensor([-2.0, 0.5])
+    wanted = {"a": a, "torch.abs(a)": a.abs(), "a + 1": a + 1, "-a": -a}[protect] ** 3
+    torch.testing.assert_close(compiled.compile_loss(Program.parse("cube(p)"))(a, a, torch.ones(0)), wanted)
 
 
 def test_protected_operators_match_their_formulas_at_their_edges():

@@ -1,5 +1,6 @@
 """The pipeline from proposals to scores: each candidate once, the same in any company, on any day."""
 
+import copy
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from metalearn.optim.first_order import SGD
 from metalearn.problems.learned_loss import LossTask
 from metalearn.search.cache import settings_hash
 from metalearn.search.candidates import Candidate, gradients_of
-from metalearn.search.evaluation import Evaluation
+from metalearn.search.evaluation import Evaluation, evaluation_settings
 from metalearn.search.halving import Halving
 from metalearn.search.local import LocalSearch
 from metalearn.search.population import PopulationTraining
@@ -83,9 +84,35 @@ def test_the_file_spares_training_and_survives_a_torn_line(make, tmp_path, monke
     first = make(path).score(candidates(CROSS_ENTROPY, DEAD, SQUARE))
     with open(path, "a") as file:
         file.write('{"settings": "abc", "scored": [{"prog')
+    (more,) = make(path).score(candidates(ABSOLUTE))
     evaluation = make(path)
     monkeypatch.setattr(PopulationTraining, "train", lambda *_: pytest.fail("trained again"))
-    assert evaluation.score(candidates(SQUARE, CROSS_ENTROPY, DEAD)) == [first[2], first[0], first[1]]
+    assert evaluation.score(candidates(SQUARE, ABSOLUTE, CROSS_ENTROPY, DEAD)) == [first[2], more, first[0], first[1]]
+
+
+def test_a_saved_state_needs_no_file(make, tmp_path, monkeypatch):
+    begun = make(tmp_path / "cache.jsonl")
+    first = begun.score(candidates(SQUARE, ABSOLUTE))
+    resumed = make()
+    resumed.load_state(json.loads(json.dumps(begun.state())))
+    assert list(resumed.cache.known) == list(begun.cache.known) and resumed.known == begun.known
+    monkeypatch.setattr(PopulationTraining, "train", lambda *_: pytest.fail("trained again"))
+    # Of equal derivatives, so that screening names the first, which is known from the state alone.
+    assert resumed.score(candidates("square(sub(y,p))", ABSOLUTE)) == first
+
+
+def test_what_screening_knew_of_losses_that_are_lost_is_not_used(make):
+    evaluation = make(local=0)
+    evaluation.load_state({"known": dict(begun_knowledge(make)), "scored": []})
+    (scored,) = evaluation.score(candidates("mul(sub(y,p),sub(y,p))"))
+    assert scored.verdict == "scored" and scored.candidate.text == "mul(sub(y,p),sub(y,p))"
+
+
+def begun_knowledge(make):
+    begun = make(local=0)
+    begun.score(candidates(SQUARE))
+    assert begun.known
+    return begun.known
 
 
 @pytest.mark.parametrize("change", [{"steps": 13}, {"local": 4}, {"seed": 1}])
@@ -96,6 +123,24 @@ def test_scores_of_other_settings_are_not_used(make, tmp_path, change):
     evaluation.score(candidates(SQUARE))
     assert evaluation.counts["trained"] == 1
     assert len({json.loads(line)["settings"] for line in path.read_text().splitlines()}) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda task: setattr(task, "outer_batch_size", 16),
+        lambda task: setattr(task, "scale_targets", False),
+        lambda task: setattr(task, "_modules", tuple(MLP(64, 3, (8,), "relu") for _ in range(2))),
+    ],
+)
+def test_settings_of_the_task_are_told_apart(task, change):
+    def settings(task, precision="32-true"):
+        return evaluation_settings([task], PopulationTraining(5), Screening(), None, random.key(0), precision)
+
+    other = copy.copy(task)
+    assert settings(other) == settings(task) != settings(task, "bf16-mixed")
+    change(other)
+    assert settings(other) != settings(task)
 
 
 def test_settings_are_told_apart_by_what_is_in_them():
