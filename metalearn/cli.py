@@ -81,6 +81,8 @@ HELP = """usage: metalearn COMMAND ...
   loss      show: the best losses of a search, table and picture:  metalearn loss show runs/x
             transfer: losses beside standard ones on other data and models, learning rates tuned alike:
   metalearn loss transfer runs/x --data fashion_mnist --model lenet --seeds 5
+            landscape: planes around the models that losses lead to, beside the standard loss:
+  metalearn loss landscape runs/x --data digits --model mlp
 
 'metalearn COMMAND --help' lists the options of a command, 'metalearn fit -c FILE --print_config' the resolved config.
 METALEARN_DEBUG=1 shows the traceback of an error."""

@@ -20,9 +20,9 @@ from metalearn.analysis.losses import (
     loss_curves,
     plot_losses,
     read_hall_of_fame,
-    standard_name,
 )
 from metalearn.losses.learned import LearnedLoss, load_loss
+from metalearn.losses.standard import standard_name
 
 RUN = Path(os.environ.get("METALEARN_RUN", "runs/loss"))
 NUM_CLASSES = 10

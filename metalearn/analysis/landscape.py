@@ -114,13 +114,21 @@ def landscape(
     planes.to_csv(f"{stem}.csv", index=False)
     plot_planes(planes).savefig(f"{stem}.png", dpi=150)
     if problem.own_loss in best:
-        _save_rates({name: losses[name] for name in best}, best, problem, stem)
+        edges = {row["loss"]: row["edge"] for row in found}
+        _save_rates({name: losses[name] for name in best}, best, edges, problem, stem)
     print(f"{stem}.csv\n{stem}.png")
     return planes
 
 
-def _save_rates(losses: Mapping[str, ElementwiseLoss], best: Mapping[str, float], task: LossTask, stem: str) -> None:
+def _save_rates(
+    losses: Mapping[str, ElementwiseLoss],
+    best: Mapping[str, float],
+    edges: Mapping[str, str],
+    task: LossTask,
+    stem: str,
+) -> None:
     frame = equivalent_rates(losses, best, task.own_loss, max(2, task.num_outputs))
+    frame["edge"] = [edges[name] for name in losses]  # a rate at the end of the grid is no optimum
     frame.to_csv(f"{stem}_rates.csv", index=False)
     figure = Figure(figsize=(5.4, 3.8), layout="constrained")
     plot_rates(frame, figure.subplots())

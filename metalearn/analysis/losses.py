@@ -25,6 +25,7 @@ from metalearn.losses.elementwise import OUTPUTS, ElementwiseLoss
 from metalearn.losses.learned import load_loss
 from metalearn.losses.program import Program
 from metalearn.losses.simplify import simplified
+from metalearn.losses.standard import standard_name
 from metalearn.search.candidates import Candidate
 
 HALL_OF_FAME, BEST, PICTURE = "hall_of_fame.csv", "best.json", "losses.png"
@@ -149,11 +150,6 @@ def _output(run_dir: Path) -> str:
 
 
 # -- curves ------------------------------------------------------------------------------------------------------------
-
-
-def standard_name(output: str) -> str:
-    """Name of the standard loss for this kind of output."""
-    return "mse" if output == "identity" else "cross_entropy"
 
 
 def loss_curves(losses: Mapping[str, ElementwiseLoss], num_classes: int = 10, points: int = 199) -> pd.DataFrame:

@@ -17,6 +17,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional
 
 from metalearn.base import Loss, require_choice
+from metalearn.files import write_whole
 
 OUTPUTS = ("softmax", "sigmoid", "identity")
 REDUCTIONS = ("mean", "sum", "none")
@@ -163,12 +164,10 @@ class ElementwiseLoss(Loss):
         Raises:
             ValueError: as ``to_json``, and for what ``load_loss`` would refuse for its size, 1 MiB.
         """
-        path, content = Path(path), json.dumps(self.to_json(), indent=1).encode()
+        content = json.dumps(self.to_json(), indent=1)
         if len(content) > MAX_BYTES:
             raise ValueError(f"the saved loss would have {len(content)} bytes; accepted: at most {MAX_BYTES}")
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_whole(path, content)
 
 
 class WeightedLoss(ElementwiseLoss):

@@ -129,14 +129,6 @@ class Program:
         """Whether both the target and the model's output are in it."""
         return "y" in self.names and "p" in self.names
 
-    def ends(self, place: int) -> int:
-        """One past the last node of the expression that begins at ``place``."""
-        missing, end = 1, place
-        while missing:
-            missing += (OPERATORS[self.names[end]].arity if self.names[end] in OPERATORS else 0) - 1
-            end += 1
-        return end
-
     @cached_property
     def canonical_order(self) -> tuple[int, ...]:
         """Places of the nodes after the arguments of commutative operators are put in alphabetical order.

@@ -143,3 +143,8 @@ class Huber(ElementwiseLoss):
 STANDARD: dict[str, type[ElementwiseLoss]] = {
     loss.kind: loss for loss in (CrossEntropy, MeanSquaredError, MeanAbsoluteError, Huber, Focal, LabelSmoothing, Brier)
 }
+
+
+def standard_name(output: str) -> str:
+    """Name of the standard loss for this kind of output."""
+    return "mse" if output == "identity" else "cross_entropy"

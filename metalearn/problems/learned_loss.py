@@ -16,6 +16,7 @@ from metalearn import random, tree
 from metalearn.base import Examples, InnerState, Loss, Params, Rule, Source, require_range
 from metalearn.losses.elementwise import one_hot
 from metalearn.losses.learned import load_loss
+from metalearn.losses.standard import standard_name
 from metalearn.problems.training_runs import TrainingRun
 from metalearn.unroll import Tasks, unroll
 
@@ -128,7 +129,7 @@ class LossTask(TrainingRun):
     @property
     def own_loss(self) -> str:
         """Name of the standard loss of the task."""
-        return "mse" if self.regression else "cross_entropy"
+        return standard_name(self.output)
 
     @property
     def num_outputs(self) -> int:

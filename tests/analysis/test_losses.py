@@ -68,7 +68,7 @@ def test_formulas_without_weights_are_simplified(tmp_path: Path) -> None:
     weights = [json.dumps([1.0] * 7), json.dumps([1.0] * 6 + [2.0])]
     pd.DataFrame(rows | {"weights": weights}).to_csv(tmp_path / "hall_of_fame.csv", index=False)
     load_loss(text).save(tmp_path / "best.json")
-    assert list(show(str(tmp_path), curves=1)["formula"]) == ["(p - abs(y))^2", "(p - abs(abs(2*y)))^2"]
+    assert list(show(str(tmp_path), curves=1)["formula"]) == ["(abs(y) - p)^2", "(p - abs(abs(2*y)))^2"]
 
 
 def test_losses_have_the_weights_that_are_better_on_untouched_data(tmp_path: Path) -> None:

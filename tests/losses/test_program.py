@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from losses.conftest import points, programs, random_program
+from losses.conftest import points, programs
 
 from metalearn.losses import compiled
 from metalearn.losses.operators import OPERATORS
@@ -156,13 +156,6 @@ def test_structure_of_a_known_program():
     program = Program.parse("mul(-1,mul(y,log(p)))")
     assert [node.children for node in program.nodes] == [(1, 2), (), (3, 4), (), (5,), ()]
     assert (program.height, program.num_weights, program.complexity) == (3, 5, 7)
-    assert [program.ends(place) for place in range(6)] == [6, 2, 6, 4, 6, 6]
     assert program.is_loss and not Program.parse("log(p)").is_loss
     assert program.canonical.names == ("mul", "-1", "mul", "log", "p", "y")
     assert repr(program) == "Program('mul(-1,mul(y,log(p)))')"
-
-
-def test_ends_are_where_the_expressions_end():
-    program = random_program(random.Random(1), 6)
-    for place, node in enumerate(program.nodes):
-        assert Program(program.names[place : program.ends(place)]).names[0] == node.name

@@ -152,10 +152,10 @@ def test_children_are_losses_within_the_limits_or_a_parent():
 
 def test_matches_a_plain_exchange_of_subtrees():
     first, second = Program.parse("mul(y,log(p))"), Program.parse("abs(sub(p,y))")
-    parts = [second.names[place : second.ends(place)] for place in (1, 2, 3)]
-    exchanges = {
-        Program(first.names[:place] + part + first.names[first.ends(place) :]) for place in (1, 2, 3) for part in parts
-    }
+    parts = [("sub", "p", "y"), ("p",), ("y",)]
+    exchanges = {Program(("mul", *part, "log", "p")) for part in parts}  # in the place of y
+    exchanges |= {Program(("mul", "y", *part)) for part in parts}  # of log(p)
+    exchanges |= {Program(("mul", "y", "log", *part)) for part in parts}  # of p
     with drawing_from(key(4)):
         children = {crossover(first, second, Limits())[0] for _ in range(300)}
     assert {child for child in exchanges if child.is_loss} == children & exchanges
