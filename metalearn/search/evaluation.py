@@ -11,7 +11,6 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from metalearn import tree
 from metalearn.losses.operators import OPERATORS
 from metalearn.problems.learned_loss import LossTask
 from metalearn.random import fold
@@ -208,15 +207,17 @@ def evaluation_settings(
     key = key.cpu()
     identity = []
     for task in tasks:
-        start = task.start({}, *task.initial(fold(key, "init")))
-        inputs = task.examples("train", "cpu").inputs[:4]
-        with torch.no_grad():
-            model = str(task.module), tree.pack(start.params), task.predict(start, inputs)
+        # Not what the model computes, whose last bits depend on the machine and the number of threads.
+        parts = [(type(part).__name__, _builtins(vars(part))) for part in task.module.modules()]
         sizes = task.batch_size, task.outer_batch_size, task.init_seed, task.sigmoid, task.scale_targets
-        identity.append((task.record(), model, task.rule, sizes))
+        identity.append((task.record(), str(task.module), parts, task.initial(fold(key, "init")), task.rule, sizes))
     operators = [vars(row) for row in OPERATORS.values()]
     procedure = training, screening, local_search
     return settings_hash(identity, procedure, operators, int(key), precision, torch.__version__)
+
+
+def _builtins(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if isinstance(value, str | int | float | bool | tuple)}
 
 
 class _SharedChoice:
