@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ def evaluation_settings(
         parts = [(type(part).__name__, _builtins(vars(part))) for part in task.module.modules()]
         sizes = task.batch_size, task.outer_batch_size, task.init_seed, task.sigmoid, task.scale_targets
         identity.append((task.record(), str(task.module), parts, task.initial(fold(key, "init")), task.rule, sizes))
-    operators = [vars(row) for row in OPERATORS.values()]
+    operators = {name: astuple(row) for name, row in OPERATORS.items()}  # in whatever order, whatever a row remembers
     procedure = training, screening, local_search
     return settings_hash(identity, procedure, operators, int(key), precision, torch.__version__)
 
