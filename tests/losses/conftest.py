@@ -47,6 +47,15 @@ def programs(max_height: int = 6) -> strategies.SearchStrategy[Program]:
     )
 
 
+def assert_same_with_gradient(ours, theirs, z, target) -> None:
+    """Values and derivatives by the prediction agree."""
+    z = z.clone().requires_grad_()
+    found, wanted = ours(z, target), theirs(z, target)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    slopes = [torch.autograd.grad(value.sum(), z)[0] for value in (found, wanted)]
+    torch.testing.assert_close(*slopes, rtol=1e-10, atol=1e-10)
+
+
 @pytest.fixture
 def table() -> Iterator[dict[str, operators.Operator]]:
     """The table, which is put back as it was."""

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from losses.conftest import assert_same_with_gradient
 from torch import nn
 from torch.nn import functional
 
@@ -12,14 +13,6 @@ from metalearn.losses.standard import CrossEntropy
 CROSS_ENTROPY = "mul(-1,mul(y,log(p)))"
 WEIGHT = torch.tensor([0.5, 2.0, 0.0, 1.5], dtype=torch.float64)
 SHAPES = [(4,), (6, 4), (3, 4, 5), (2, 4, 3, 2)]
-
-
-def _same_with_gradient(ours, theirs, z, target):
-    z = z.clone().requires_grad_()
-    found, wanted = ours(z, target), theirs(z, target)
-    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
-    slopes = [torch.autograd.grad(value.sum(), z)[0] for value in (found, wanted)]
-    torch.testing.assert_close(*slopes, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("loss", [CROSS_ENTROPY, "cross_entropy"])
@@ -33,8 +26,10 @@ def test_cross_entropy_matches_torch_on_every_kind_of_target(loss, shape, reduct
     index = torch.randint(0, 4, [size for place, size in enumerate(shape) if place != axis], generator=generator)
     ours = load_loss(loss, reduction=reduction, weight=weight, ignore_index=1)
     theirs = nn.CrossEntropyLoss(weight, reduction=reduction, ignore_index=1)
-    _same_with_gradient(ours, nn.CrossEntropyLoss(weight, reduction=reduction), z, torch.softmax(2 * z.flip(0), axis))
-    _same_with_gradient(ours, theirs, z, torch.where(index == 2, 0, index) if len(shape) > 1 else torch.tensor(3))
+    assert_same_with_gradient(
+        ours, nn.CrossEntropyLoss(weight, reduction=reduction), z, torch.softmax(2 * z.flip(0), axis)
+    )
+    assert_same_with_gradient(ours, theirs, z, torch.where(index == 2, 0, index) if len(shape) > 1 else torch.tensor(3))
     byte = load_loss(loss, reduction=reduction, weight=weight)
     torch.testing.assert_close(byte(z, index.to(torch.uint8)), byte(z, index))
 
@@ -69,16 +64,16 @@ def test_programs_of_known_losses_match_torch_with_gradients():
         "abs(sub(y,p))": nn.L1Loss(),
     }
     for text, theirs in regression.items():
-        _same_with_gradient(load_loss(text, output="identity"), lambda a, b, of=theirs: 3 * of(a, b), z, y)
+        assert_same_with_gradient(load_loss(text, output="identity"), lambda a, b, of=theirs: 3 * of(a, b), z, y)
     column = z[:, :1]
     binary = "mul(-1,add(mul(y,log(p)),mul(sub(1,y),log(sub(1,p)))))"
     target = (y[:, 0] > 0).double()
     ours = load_loss(binary, output="sigmoid")
-    _same_with_gradient(ours, lambda a, b: nn.BCEWithLogitsLoss()(a, b.unsqueeze(1)), column, target)
-    _same_with_gradient(ours, nn.BCEWithLogitsLoss(), column, target.unsqueeze(1))
-    _same_with_gradient(ours, lambda a, b: nn.BCEWithLogitsLoss()(a, b.double()), column[:, 0], target.long())
+    assert_same_with_gradient(ours, lambda a, b: nn.BCEWithLogitsLoss()(a, b.unsqueeze(1)), column, target)
+    assert_same_with_gradient(ours, nn.BCEWithLogitsLoss(), column, target.unsqueeze(1))
+    assert_same_with_gradient(ours, lambda a, b: nn.BCEWithLogitsLoss()(a, b.double()), column[:, 0], target.long())
     index = y.argmax(1)
-    _same_with_gradient(
+    assert_same_with_gradient(
         load_loss("square(sub(y,p))"),
         lambda a, b: (a.softmax(1) - functional.one_hot(b, 3)).square().sum(1).mean(),
         z,

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from losses.conftest import assert_same_with_gradient
 from torch import nn
 from torch.nn import functional
 
@@ -15,22 +16,14 @@ Y = torch.rand(6, 4, generator=GENERATOR, dtype=torch.float64)
 WEIGHT = torch.tensor([0.5, 2.0, 1.0, 3.0], dtype=torch.float64)
 
 
-def _same_with_gradient(ours, theirs, z, target):
-    z = z.clone().requires_grad_()
-    found, wanted = ours(z, target), theirs(z, target)
-    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
-    slopes = [torch.autograd.grad(value.sum(), z)[0] for value in (found, wanted)]
-    torch.testing.assert_close(*slopes, rtol=1e-10, atol=1e-10)
-
-
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("weight", [None, WEIGHT], ids=["plain", "weighted"])
 @pytest.mark.parametrize("epsilon", [0.0, 0.2, 1.0])
 def test_label_smoothing_matches_torch(reduction, weight, epsilon):
     ours = load_loss("label_smoothing", epsilon=epsilon, reduction=reduction, weight=weight)
     theirs = nn.CrossEntropyLoss(weight, reduction=reduction, label_smoothing=epsilon)
-    _same_with_gradient(ours, theirs, Z, INDEX)
-    _same_with_gradient(ours, theirs, Z, Y.softmax(1))
+    assert_same_with_gradient(ours, theirs, Z, INDEX)
+    assert_same_with_gradient(ours, theirs, Z, Y.softmax(1))
 
 
 def test_label_smoothing_of_one_sigmoid_output_has_two_classes():
@@ -38,17 +31,17 @@ def test_label_smoothing_of_one_sigmoid_output_has_two_classes():
         return functional.binary_cross_entropy_with_logits(z, 0.8 * y + 0.1)
 
     ours = load_loss("label_smoothing", epsilon=0.2, output="sigmoid")
-    _same_with_gradient(ours, smoothed, Z[:, 0], (Y[:, 0] > 0.5).double())
+    assert_same_with_gradient(ours, smoothed, Z[:, 0], (Y[:, 0] > 0.5).double())
 
 
 def test_regression_losses_match_torch():
     pairs = {"mse": nn.MSELoss(), "mae": nn.L1Loss()}
     for name, theirs in pairs.items():
-        _same_with_gradient(load_loss(name, output="identity"), lambda a, b, of=theirs: 4 * of(a, b), Z, Y)
+        assert_same_with_gradient(load_loss(name, output="identity"), lambda a, b, of=theirs: 4 * of(a, b), Z, Y)
     for delta in (0.3, 1.0, 5.0):
         ours = load_loss("huber", output="identity", delta=delta, reduction="sum")
-        _same_with_gradient(ours, nn.HuberLoss(reduction="sum", delta=delta), Z, Y)
-        _same_with_gradient(ours, lambda a, b, d=delta: d * nn.SmoothL1Loss(reduction="sum", beta=d)(a, b), Z, Y)
+        assert_same_with_gradient(ours, nn.HuberLoss(reduction="sum", delta=delta), Z, Y)
+        assert_same_with_gradient(ours, lambda a, b, d=delta: d * nn.SmoothL1Loss(reduction="sum", beta=d)(a, b), Z, Y)
 
 
 def test_losses_of_probabilities_match_their_definitions():
@@ -67,15 +60,17 @@ def test_focal_matches_its_definition_and_cross_entropy_at_0(gamma):
         p = z.softmax(1).gather(1, target.unsqueeze(1)).squeeze(1)
         return ((1 - p) ** gamma * -p.log()).mean()
 
-    _same_with_gradient(load_loss("focal", gamma=gamma), definition, Z[:-1], kept)
+    assert_same_with_gradient(load_loss("focal", gamma=gamma), definition, Z[:-1], kept)
 
     def binary(z, target):
         p = torch.where(target > 0, z.sigmoid(), 1 - z.sigmoid())
         return ((1 - p) ** gamma * -p.log()).mean()
 
-    _same_with_gradient(load_loss("focal", gamma=gamma, output="sigmoid"), binary, Z[:, 0], (Y[:, 0] > 0.5).double())
+    assert_same_with_gradient(
+        load_loss("focal", gamma=gamma, output="sigmoid"), binary, Z[:, 0], (Y[:, 0] > 0.5).double()
+    )
     if gamma == 0:
-        _same_with_gradient(load_loss("focal", gamma=gamma), nn.CrossEntropyLoss(), Z, INDEX)
+        assert_same_with_gradient(load_loss("focal", gamma=gamma), nn.CrossEntropyLoss(), Z, INDEX)
 
 
 @pytest.mark.parametrize("name", list(STANDARD))

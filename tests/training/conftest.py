@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from pytorch_lightning import Trainer
+from pytorch_lightning import Callback, Trainer
 
 from metalearn.models.recurrent import LSTM
 from metalearn.tasks.images import ProjectedImages
@@ -13,6 +13,17 @@ from metalearn.training.data import TaskBatches
 from metalearn.training.in_context import InContextLearning
 
 LENGTH, CLASSES = 5, 3
+
+
+class Stop(Callback):
+    """Ends training after a step, as Ctrl-C does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 from estimators.conftest import ridge
 from problems.conftest import Clusters
-from pytorch_lightning import Callback
+from training.conftest import Stop
 
 from metalearn import random
 from metalearn.base import Loss
@@ -48,15 +48,6 @@ def tune(make_trainer):
         return module
 
     return tune
-
-
-class Stop(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

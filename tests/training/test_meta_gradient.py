@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from estimators.conftest import ridge
-from pytorch_lightning import Callback
 from pytorch_lightning.strategies import FSDPStrategy
+from training.conftest import Stop
 
 from metalearn.estimators.forward import ForwardGradient, ZerothOrder
 from metalearn.estimators.unrolled import Unrolled
@@ -85,15 +85,6 @@ def test_the_scheduler_steps_with_the_optimizer(learn):
         (slope,) = estimates(problem, meta, 5, [number])
         meta = {"log_penalty": meta["log_penalty"] - 0.5 * 0.5**number * slope}
     torch.testing.assert_close(module.meta, meta)
-
-
-class Stop(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("estimator", [Unrolled(), Unrolled("mixed", warm_start=True)], ids=["fresh", "warm"])

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import EarlyStopping
 from torch import Tensor, nn
+from training.conftest import Stop
 
 from metalearn import random, tree
 from metalearn.cli import main
@@ -64,15 +64,6 @@ def learn(make_trainer):
         return module
 
     return learn
-
-
-class Stop(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def test_matches_the_graph_stepped_by_hand(learn):
