@@ -5,8 +5,9 @@ queries. Two joints hold everything together: ``TaskDistribution`` x ``Learner``
 ``InnerProblem`` x ``Estimator`` (what is learned through a training run, and how that run is differentiated).
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,11 +18,15 @@ State = dict[str, Tensor]
 Params = dict[str, Tensor]
 Tree = Any  # nested dictionaries and named tuples of tensors
 
+# A reference learner: x (B, T, D), y (B, T) and P positions -> its answers (B, P) at these, each from the examples before
+# it alone, as y is: classes or numbers.
+Oracle = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+
 BASE = "base"  # the data set of the training tasks, among those of a task distribution
 
 
 class Batch(NamedTuple):
-    """Labelled sequences: ``x`` float (B, T, D), ``y`` class indices int64 (B, T)."""
+    """Labelled sequences: ``x`` float (B, T, D), ``y`` (B, T) class indices, int64, or in regression numbers, float."""
 
     x: Tensor
     y: Tensor
@@ -64,8 +69,17 @@ class TaskDistribution(ABC):
     """
 
     num_features: int
-    num_classes: int
+    num_classes: int  # 1 in regression, where targets are numbers
     seed: int | None
+
+    @property
+    def chance_loss(self) -> float:
+        """The least loss of an answer that does not look at the examples: ln K nats; in regression the targets' mean square."""
+        return math.log(self.num_classes)
+
+    @abstractmethod
+    def oracles(self) -> Mapping[str, Oracle]:
+        """Reference learners by name, to be set beside a learner on the very same sequences."""
 
     @abstractmethod
     def batch(
@@ -94,7 +108,9 @@ class Learner(nn.Module, ABC):
     """A sequence model that learns in context: causal, and the same function in parallel and step by step.
 
     Every constructor argument is kept as an attribute of the same name, so that a checkpoint can say how to rebuild
-    it. The first two are ``num_inputs`` (features of a token) and ``num_outputs`` (classes).
+    it. The first two are ``num_inputs`` (features of a token) and ``num_outputs`` (classes; 1 in regression). Neither
+    ``state_size`` nor anything else depends on more than sizes. Where there are such, the layer that reads tokens is
+    called ``embed`` and the one that answers ``head``: optimizers that treat matrices apart leave these two alone.
     """
 
     num_inputs: int

@@ -253,6 +253,7 @@ class MetalearnCLI(LightningCLI):
         if unfinished or result.exists() or not trainer.is_global_zero:
             return
         numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        numbers |= getattr(self.model, "sizes", {})
         metrics = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
         write_whole(result, json.dumps({"global_step": trainer.global_step, "metrics": metrics}, indent=1))
 
@@ -272,13 +273,14 @@ class MetalearnCLI(LightningCLI):
             return
         from metalearn.analysis.compare import format_table, summarise_evaluation
         from metalearn.analysis.curves import save_learning_curves
-        from metalearn.analysis.runs import read_evaluation
+        from metalearn.analysis.runs import quantity_of, read_evaluation
 
         frame = read_evaluation(self.run_dir, stage)
-        print(f"\naccuracy after n examples ± standard error ({stage} tasks)\n")
+        print(f"\n{quantity_of(frame).replace('_', ' ')} after n examples ± standard error ({stage} tasks)\n")
         print(format_table(summarise_evaluation(frame)))
         picture = self.run_dir / f"{stage}.png"
-        save_learning_curves(frame, picture, chance=1 / self.datamodule.tasks.num_classes)
+        classes = self.datamodule.tasks.num_classes
+        save_learning_curves(frame, picture, chance=1 / classes if classes > 1 else None)
         print(f"\n{picture}")
 
 

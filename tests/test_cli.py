@@ -347,7 +347,7 @@ def test_one_process_at_a_time_trains_in_a_run_folder(tmp_path, capsys):
 
 
 def test_errors_of_the_program_keep_their_traceback(tmp_path, monkeypatch):
-    def broken(*arguments):
+    def broken(*arguments, **options):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr("metalearn.training.in_context.functional.cross_entropy", broken)

@@ -8,7 +8,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import bootstrap, norm, t, ttest_rel
 
-from metalearn.analysis.runs import find_runs, read_metrics, require_metric, require_single_run
+from metalearn.analysis.runs import find_runs, quantity_of, read_metrics, require_metric, require_single_run
 
 COLUMNS = ["group", "n", "mean", "low", "high", "pairs", "difference", "difference_low", "difference_high", "p"]
 
@@ -148,7 +148,7 @@ def paired_comparison(
 
 
 def summarise_evaluation(frame: pd.DataFrame, positions: Sequence[int] | None = None) -> pd.DataFrame:
-    """Table of accuracy ± standard error: a row per (stream, method), a column per number of examples seen.
+    """Table of accuracy or squared error ± its standard error: a row per (stream, method), a column per number of examples seen.
 
     Args:
         frame: one run's table, from ``analysis.runs.read_evaluation``.
@@ -162,7 +162,7 @@ def summarise_evaluation(frame: pd.DataFrame, positions: Sequence[int] | None = 
     methods = frame.groupby("position").method.nunique()
     wanted = methods.index[methods == methods.max()] if positions is None else positions
     chosen = frame.loc[frame["position"].isin(list(wanted))]
-    entries = map(_entry, chosen["accuracy"], chosen["standard_error"])
+    entries = map(_entry, chosen[quantity_of(frame)], chosen["standard_error"])
     index = pd.MultiIndex.from_arrays([chosen[name] for name in ("stream", "method", "position")])
     table = pd.Series(list(entries), index).unstack(fill_value="")
     table.columns = [str(position) for position in table.columns]

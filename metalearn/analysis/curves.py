@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from metalearn.analysis.runs import require_metric, require_single_run
+from metalearn.analysis.runs import quantity_of, require_metric, require_single_run
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers tell the methods apart in black and white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -20,7 +20,7 @@ MARKED_POINTS = 16  # a line with more points than this is drawn without markers
 
 
 def plot_learning_curves(frame: pd.DataFrame, ax: Axes | None = None, chance: float | None = None) -> Axes:
-    """Draw accuracy against number of examples seen: a line per method, with a band of ± 1 standard error.
+    """Draw accuracy or squared error against number of examples seen: a line per method, with a band of ± 1 standard error.
 
     Args:
         frame: one run's table, from ``analysis.runs.read_evaluation``; with ``ax``, of one stream.
@@ -96,17 +96,19 @@ def _styles(frame: pd.DataFrame) -> dict[str, tuple[str, str]]:
 
 
 def _draw_stream(frame: pd.DataFrame, ax: Axes, styles: dict[str, tuple[str, str]], chance: float | None) -> None:
+    quantity = quantity_of(frame)
     for order, (method, (colour, marker)) in enumerate(styles.items()):
         curve = frame.loc[frame["method"] == method].sort_values("position")
-        position, accuracy, error = (curve[name] for name in ("position", "accuracy", "standard_error"))
+        position, score, error = (curve[name] for name in ("position", quantity, "standard_error"))
         line = {"color": colour, "linewidth": 1.8, "marker": marker if len(curve) <= MARKED_POINTS else None}
         # The first method is the learner, which the others must not cover.
-        ax.plot(position, accuracy, markersize=5, label=method, zorder=3 - 0.01 * order, **line)
-        ax.fill_between(position, accuracy - error, accuracy + error, color=colour, alpha=0.2, linewidth=0)
+        ax.plot(position, score, markersize=5, label=method, zorder=3 - 0.01 * order, **line)
+        ax.fill_between(position, score - error, score + error, color=colour, alpha=0.2, linewidth=0)
     if chance is not None:
         ax.axhline(chance, color="0.4", linestyle=":", linewidth=1.4, label="chance")
     title = str(frame["stream"].iloc[0]).replace("_", " ")
-    ax.set(title=title, xlabel="examples seen", ylabel="accuracy", ylim=(0, 1.02))
+    ax.set(title=title, xlabel="examples seen", ylabel=quantity.replace("_", " "))
+    ax.set_ylim(0, 1.02 if quantity == "accuracy" else None)
     _clean(ax)
 
 

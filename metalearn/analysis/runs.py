@@ -53,7 +53,8 @@ def read_evaluation(run_dir: str | Path, stage: str = "test") -> pd.DataFrame:
         stage: "validation" or "test".
 
     Returns:
-        Columns run, stream, method, position (number of examples seen before), sequences, accuracy, standard_error.
+        Columns run, stream, method, position (number of examples seen before), sequences, accuracy (in regression
+        squared_error), standard_error.
 
     Raises:
         ValueError: if the stage is unknown, or was not run yet.
@@ -81,7 +82,7 @@ def read_metrics(run_dir: str | Path) -> pd.DataFrame:
         if (Path(run_dir) / f"{stage}.csv").is_file():
             rows = read_evaluation(run_dir, stage)
             names = stage + "/" + rows["stream"] + "/" + rows["method"] + "/" + rows["position"].astype(str)
-            frames.append(pd.DataFrame({"metric": names, "value": rows["accuracy"]}).assign(**same))
+            frames.append(pd.DataFrame({"metric": names, "value": rows[quantity_of(rows)]}).assign(**same))
         if (path := Path(run_dir) / f"{stage}.json").is_file():
             numbers = {f"{stage}/{name}": value for name, value in json.loads(path.read_text()).items()}
             frames.append(pd.DataFrame(numbers.items(), columns=pd.Index(["metric", "value"])).assign(**same))
@@ -91,6 +92,11 @@ def read_metrics(run_dir: str | Path) -> pd.DataFrame:
 def read_evaluations(run_dirs: Sequence[str | Path], stage: str = "test") -> pd.DataFrame:
     """The evaluation frames of several runs, one below the other."""
     return pd.concat([read_evaluation(run_dir, stage) for run_dir in run_dirs], ignore_index=True)
+
+
+def quantity_of(frame: pd.DataFrame) -> str:
+    """What an evaluation frame measures: "accuracy", or in regression "squared_error"."""
+    return "accuracy" if "accuracy" in frame else "squared_error"
 
 
 def find_runs(folder: str | Path) -> list[Path]:

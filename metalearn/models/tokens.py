@@ -19,12 +19,12 @@ class Tokens:
     Learning Transformers", Algorithm 1). ``shift``: token j = (x_j, x_{j-1}, y_{j-1}), W = 2D + K: the paper's token
     seen through a causal convolution of width two, so that no attention head has to learn to look one position back.
     ``interleaved``: x_1, y_1, x_2, y_2, …, W = D + K, S = 2T - 1 tokens. Labels are one-hot vectors and are never
-    normalised; what precedes the first example is zero.
+    normalised; what precedes the first example is zero. In regression K is 1 and the label is the number itself.
 
     Args:
         format: "paper", "shift" or "interleaved".
         num_features: features D of an example, at least 1.
-        num_classes: classes K, at least 2.
+        num_classes: classes K, at least 1; 1 in regression.
 
     Raises:
         ValueError: for another format or sizes out of range.
@@ -33,7 +33,7 @@ class Tokens:
     def __init__(self, format: str, num_features: int, num_classes: int):
         require_choice("tokens", format, FORMATS)
         require_range("num_features", num_features, 1)
-        require_range("num_classes", num_classes, 2)
+        require_range("num_classes", num_classes, 1)
         self.format, self.num_features, self.num_classes = format, num_features, num_classes
 
     @property
@@ -47,7 +47,7 @@ class Tokens:
 
     def encode(self, x_BTD: Tensor, y_BT: Tensor) -> Tensor:
         """Tokens (B, S, W). The last label is not used, and the last token alone depends on the last example."""
-        y_BTK = functional.one_hot(y_BT, self.num_classes).to(x_BTD.dtype)
+        y_BTK = self._labels(y_BT).to(x_BTD.dtype)
         if self.format == "interleaved":
             x_token = functional.pad(x_BTD, (0, self.num_classes))
             y_token = functional.pad(y_BTK, (self.num_features, 0))
@@ -69,7 +69,11 @@ class Tokens:
         queries = query_BQD.shape[1]
         if self.format == "interleaved":
             return functional.pad(query_BQD, (0, self.num_classes))
-        last = functional.one_hot(y_BT[:, -1], self.num_classes).to(x_BTD.dtype)
+        last = self._labels(y_BT[:, -1]).to(x_BTD.dtype)
         if self.format == "shift":
             last = torch.cat([x_BTD[:, -1], last], dim=-1)
         return torch.cat([query_BQD, last.unsqueeze(1).expand(-1, queries, -1)], dim=-1)
+
+    def _labels(self, y: Tensor) -> Tensor:
+        """The label's part of a token: (*y.shape, K)."""
+        return y.unsqueeze(-1) if self.num_classes == 1 else functional.one_hot(y, self.num_classes)

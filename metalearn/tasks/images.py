@@ -6,6 +6,7 @@ features.
 
 import functools
 import math
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from metalearn import random
-from metalearn.base import BASE, Batch, MetaTest, MetaTrain, Source, Split, TaskDistribution, require_range
+from metalearn.base import BASE, Batch, MetaTest, MetaTrain, Oracle, Source, Split, TaskDistribution, require_range
+from metalearn.tasks.oracles import oracles
 
 _SEEN_STREAMS = ("seen_train", "seen_held_out")
 _UNSEEN_STREAM = "unseen_held_out"
@@ -93,6 +95,9 @@ class ProjectedImages(TaskDistribution):
     def num_classes(self) -> int:
         """Classes K of the base data set, and so outputs of a learner."""
         return self.source.num_classes
+
+    def oracles(self) -> Mapping[str, Oracle]:
+        return oracles(self.num_classes)
 
     def streams(self) -> tuple[str, ...]:
         return (*(_SEEN_STREAMS if self.num_tasks else ()), _UNSEEN_STREAM, *self.others)

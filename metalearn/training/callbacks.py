@@ -57,11 +57,11 @@ class StudyCheckpoints(Callback):
     """Light weight-only checkpoints for the study of transitions: ``<run_dir>/checkpoints/steps/step=00000128.safetensors``.
 
     Written at the steps round(2^(k/2)), k = 0, 1, 2, …, and once as ``left_plateau`` when the exponential moving
-    average of the training loss (decay 0.95) first falls below ln K - margin. The average is read from the device
+    average of the training loss (decay 0.95) first falls below that of chance by a margin. The average is read from the device
     only where the trainer logs.
 
     Args:
-        margin: nats below ln K, K the learner's number of classes.
+        margin: below the tasks' loss at chance: nats below ln K, with K classes.
     """
 
     def __init__(self, margin: float):
@@ -89,7 +89,7 @@ class StudyCheckpoints(Callback):
 
     def _look(self, trainer: Trainer, pl_module: Any, step: int) -> None:
         loss = trainer.strategy.reduce(self.smoothed, reduce_op="mean")  # so that all ranks decide alike
-        if float(loss) < math.log(pl_module.learner.num_outputs) - self.margin:
+        if float(loss) < pl_module.data.tasks.chance_loss - self.margin:
             self.left_plateau_at = step
             self._save(trainer, pl_module, f"left_plateau_step={step:08d}")
 

@@ -1,6 +1,6 @@
-"""Meta-train a sequence model to learn in context: cross-entropy at every position of random tasks.
+"""Meta-train a sequence model to learn in context: the loss at every position of random tasks.
 
-B sequences, T examples, K classes, P reported positions.
+B sequences, T examples, K classes (1 in regression), P reported positions.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
@@ -22,20 +22,20 @@ from torch.optim.lr_scheduler import LambdaLR
 from metalearn.base import Batch, Learner, require_choice, require_range
 from metalearn.models.saving import CARD, describe
 from metalearn.models.tokens import FORMATS, Tokens
-from metalearn.tasks.oracles import ORACLES
 from metalearn.training.callbacks import Cost, StudyCheckpoints
 
 REPORTED_POSITIONS = (0, 1, 2, 5, 10, 20, 31, 50, 99)
-EVALUATION_COLUMNS = ("stream", "method", "position", "sequences", "accuracy", "standard_error")
 
 
 class InContextLearning(LightningModule):
-    """J(θ) = E_tasks mean_j CrossEntropy(f_θ(D_1:j-1, x_j), y_j), the loss at every position j of a sequence.
+    """J(θ) = E_tasks mean_j loss(f_θ(D_1:j-1, x_j), y_j), the loss at every position j of a sequence.
 
-    Sizes come from the data module's tasks, so a config states them once. Evaluation logs loss, accuracy at the first
-    and last position and their difference ("improvement") for every stream; ``validate`` and ``test`` also write
-    ``<stage>.csv`` into the run folder: accuracy by number of examples seen, for the learner and for every oracle on
-    the very same sequences. ``train/`` numbers are of the step's last micro-batch on the first rank, before the step.
+    The loss is cross-entropy, or in regression the squared error. Sizes come from the data module's tasks, so a config
+    states them once. Evaluation logs loss, accuracy (in regression ``squared_error``) at the first and last position
+    and what was gained between them ("improvement") for every stream; ``validate`` and ``test`` also write
+    ``<stage>.csv`` into the run folder: accuracy by number of examples seen, for the learner and for every oracle of
+    the tasks on the very same sequences. ``train/`` numbers are of the step's last micro-batch on the first rank,
+    before the step. Optimizers are given the learner's parameters with their names.
 
     Args:
         learner: class and settings of the sequence model; it is called with the token width and the number of
@@ -46,7 +46,8 @@ class InContextLearning(LightningModule):
         decay: "none", or "cosine" down to zero at ``max_steps``.
         checkpoint_steps: "log" keeps light weight-only checkpoints at log-spaced steps and when the loss leaves its
             plateau; null keeps none.
-        plateau_margin: nats below ln K at which the smoothed loss counts as having left the plateau, in (0, ln K).
+        plateau_margin: nats below ln K (in regression: below the targets' mean square) at which the smoothed loss
+            counts as having left the plateau, in (0, ln K).
         compile: run the learner through torch.compile (a gain on GPUs; none on CPUs).
 
     Raises:
@@ -90,7 +91,7 @@ class InContextLearning(LightningModule):
         if self.learner is not None:
             return
         tasks = self.data.tasks
-        require_range("plateau_margin", self.plateau_margin, 0, math.log(tasks.num_classes))
+        require_range("plateau_margin", self.plateau_margin, 0, tasks.chance_loss)
         self.tokens = Tokens(self.format, tasks.num_features, tasks.num_classes)
         self.learner = self.build_learner(self.tokens.width, tasks.num_classes)
         # In a dictionary of its own: a compiled module must not become a submodule a second time.
@@ -98,7 +99,7 @@ class InContextLearning(LightningModule):
 
     def configure_optimizers(self) -> Any:
         assert self.learner is not None
-        optimizer = self.build_optimizer(self.learner.parameters())
+        optimizer = self.build_optimizer(self.learner.named_parameters())
         schedule = LambdaLR(optimizer, self._learning_rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -114,10 +115,15 @@ class InContextLearning(LightningModule):
 
     def on_train_start(self) -> None:
         assert self.learner is not None
-        size = self.learner.state_size(self.tokens.num_tokens(self.data.length))
-        parameters = sum(p.numel() for p in self.learner.parameters())
         for logger in self.trainer.loggers:
-            logger.log_metrics({"model/parameters": parameters, "model/state_size": size}, self.trainer.global_step)
+            logger.log_metrics(self.sizes, self.trainer.global_step)
+
+    @property
+    def sizes(self) -> dict[str, float]:
+        """Parameters of the learner, and floats that its last prediction of a sequence can depend on."""
+        assert self.learner is not None
+        state = self.learner.state_size(self.tokens.num_tokens(self.data.length))
+        return {"model/parameters": sum(p.numel() for p in self.learner.parameters()), "model/state_size": state}
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -146,9 +152,9 @@ class InContextLearning(LightningModule):
         assert self.learner is not None
         saved = checkpoint["optimizer_states"][0]["param_groups"]
         factor = self._learning_rate_factor(checkpoint["global_step"])
-        for old, own in zip(saved, self.build_optimizer(self.learner.parameters()).param_groups, strict=True):
-            own = {name: value for name, value in own.items() if name != "params"}
-            if differing := own.keys() ^ (old.keys() - {"params", "initial_lr"}):
+        for old, own in zip(saved, self.build_optimizer(self.learner.named_parameters()).param_groups, strict=True):
+            own = {name: value for name, value in own.items() if name not in ("params", "param_names")}
+            if differing := own.keys() ^ (old.keys() - {"params", "param_names", "initial_lr"}):
                 raise ValueError(
                     f"the checkpoint is of another optimizer, which differs in {', '.join(sorted(differing))}; accepted: "
                     "the same optimizer, or another --run_dir"
@@ -165,12 +171,12 @@ class InContextLearning(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits_BTK = self(*batch)
-        loss = functional.cross_entropy(logits_BTK.flatten(0, 1), batch.y.flatten())
+        loss = losses(logits_BTK, batch.y).mean()
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            correct_T = (logits_BTK.detach().argmax(-1) == batch.y).float().mean(0).cpu()
             # On the host: the progress bar asks for the number again at every step.
             self.log("train/loss", loss.detach().cpu(), prog_bar=True)
-            self.log_dict({f"train/{name}": value for name, value in _summary(correct_T).items()})
+            scores_T = scores(answers(logits_BTK.detach()), batch.y).float().mean(0).cpu()
+            self.log_dict({f"train/{name}": value for name, value in self._summary(scores_T).items()})
         return loss
 
     @property
@@ -201,21 +207,25 @@ class InContextLearning(LightningModule):
         return sorted({*(p for p in REPORTED_POSITIONS if p < last), last})
 
     def _zeros(self) -> dict[str, Tensor]:
-        """Nothing seen yet: what a rank without a batch adds, so that all ranks reduce the same tensors."""
-        oracles = ORACLES if self.trainer.state.fn != "fit" else {}
-        counts = {"sequences": (), "learner": (self.data.length,)} | dict.fromkeys(oracles, (len(self._positions),))
-        zeros = {name: torch.zeros(shape, dtype=torch.int64, device=self.device) for name, shape in counts.items()}
-        return zeros | {"loss": torch.zeros((), device=self.device)}
+        """Nothing seen yet: what a rank without a batch adds, so that all ranks reduce the same tensors.
+
+        Of every method there are the sums of its scores and of their squares, by position.
+        """
+        oracles = self.data.tasks.oracles() if self.trainer.state.fn != "fit" else {}
+        sums = {"learner": (2, self.data.length)} | dict.fromkeys(oracles, (2, len(self._positions)))
+        shapes = {"sequences": (), "loss": ()} | sums
+        return {name: torch.zeros(shape, dtype=torch.float64, device=self.device) for name, shape in shapes.items()}
 
     def _evaluate(self, batch: Batch, dataloader_idx: int) -> None:
         totals = self._totals.setdefault(self.data.tasks.streams()[dataloader_idx], self._zeros())
-        logits_BTK = self(*batch).float()
+        logits_BTK, positions = self(*batch).float(), self._positions
         totals["sequences"] += len(batch.y)
-        totals["loss"] += functional.cross_entropy(logits_BTK.mT, batch.y, reduction="none").mean(1).sum()
-        totals["learner"] += (logits_BTK.argmax(-1) == batch.y).sum(0)
+        totals["loss"] += losses(logits_BTK, batch.y).mean(1).sum()
+        totals["learner"] += _sums(scores(answers(logits_BTK), batch.y))
         with torch.autocast(self.device.type, enabled=False):  # the learner's low precision is not the oracles'
-            for name in totals.keys() & ORACLES.keys():
-                totals[name] += ORACLES[name](batch.x, batch.y, self.tokens.num_classes, self._positions).sum(0)
+            for name, oracle in self.data.tasks.oracles().items():
+                if name in totals:
+                    totals[name] += _sums(scores(oracle(batch.x, batch.y, positions), batch.y[:, positions]))
 
     def _report(self, stage: str) -> None:
         rows = []
@@ -224,25 +234,53 @@ class InContextLearning(LightningModule):
             if self.trainer.world_size > 1:
                 totals = {k: self.trainer.strategy.reduce(v, reduce_op="sum") for k, v in totals.items()}
             count, loss = totals.pop("sequences"), totals.pop("loss")
-            summary = {"loss": loss / count} | _summary(totals["learner"] / count)
+            summary = {"loss": loss / count} | self._summary(totals["learner"][0] / count)
             self.log_dict({f"{stage}/{stream}/{name}": value for name, value in summary.items()}, rank_zero_only=True)
             rows += [row for name, sums in totals.items() for row in self._rows(stream, name, sums, int(count))]
         if self.trainer.state.fn != "fit" and self.trainer.is_global_zero:
             run_dir = Path(self.trainer.default_root_dir)
             run_dir.mkdir(parents=True, exist_ok=True)
             with open(run_dir / f"{stage}.csv", "w", newline="") as file:
-                csv.writer(file).writerows([EVALUATION_COLUMNS, *rows])
+                columns = ("stream", "method", "position", "sequences", self._quantity, "standard_error")
+                csv.writer(file).writerows([columns, *rows])
 
-    def _rows(self, stream: str, method: str, correct: Tensor, count: int) -> list[tuple]:
+    def _rows(self, stream: str, method: str, sums: Tensor, count: int) -> list[tuple]:
         positions = range(self.data.length) if method == "learner" else self._positions
-        accuracies = [int(c) / count for c in correct]
-        errors = [math.sqrt(a * (1 - a) / max(1, count - 1)) for a in accuracies]
-        return [(stream, method, p, count, a, e) for p, a, e in zip(positions, accuracies, errors, strict=True)]
+        means, squares = (sums / count).tolist()
+        errors = [math.sqrt(max(0.0, s - m**2) / max(1, count - 1)) for m, s in zip(means, squares, strict=True)]
+        return [(stream, method, p, count, m, e) for p, m, e in zip(positions, means, errors, strict=True)]
+
+    @property
+    def _quantity(self) -> str:
+        return "squared_error" if self.tokens.num_classes == 1 else "accuracy"
+
+    def _summary(self, scores_T: Tensor) -> dict[str, Tensor]:
+        first, last = scores_T[0], scores_T[-1]
+        gained = first - last if self.tokens.num_classes == 1 else last - first
+        return {f"{self._quantity}_first": first, f"{self._quantity}_last": last, "improvement": gained}
 
 
-def _summary(correct_T: Tensor) -> dict[str, Tensor]:
-    first, last = correct_T[0], correct_T[-1]
-    return {"accuracy_first": first, "accuracy_last": last, "improvement": last - first}
+def losses(logits_BTK: Tensor, y_BT: Tensor) -> Tensor:
+    """Loss (B, T) at every position: cross-entropy of class indices, or squared error of numbers (K = 1)."""
+    if y_BT.is_floating_point():
+        return (logits_BTK.squeeze(-1) - y_BT).square()
+    return functional.cross_entropy(logits_BTK.flatten(0, 1), y_BT.flatten(), reduction="none").view_as(y_BT)
+
+
+def answers(logits_BTK: Tensor) -> Tensor:
+    """What the learner says (B, T), as y is: the likeliest class, or the number (K = 1)."""
+    return logits_BTK.squeeze(-1) if logits_BTK.shape[-1] == 1 else logits_BTK.argmax(-1)
+
+
+def scores(answers_BT: Tensor, y_BT: Tensor) -> Tensor:
+    """Whether each answer is right, or in regression its squared error: (B, T)."""
+    return (answers_BT - y_BT).square() if y_BT.is_floating_point() else answers_BT == y_BT
+
+
+def _sums(scores_BP: Tensor) -> Tensor:
+    """Sums over sequences of the scores and of their squares: (2, P) in float64."""
+    exact = scores_BP.double()
+    return torch.stack([exact.sum(0), exact.square().sum(0)])
 
 
 def _settings(card: dict[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def test_predictions_are_read_where_an_example_is_asked_for():
     [
         (("pfn", 2, 2), "'pfn'; accepted: 'paper'"),
         (("paper", 0, 2), "num_features is 0"),
-        (("paper", 1, 1), "num_classes is 1"),
+        (("paper", 1, 0), "num_classes is 0"),
     ],
 )
 def test_refuses_what_it_cannot_encode(arguments, message):

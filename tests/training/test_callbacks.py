@@ -43,7 +43,8 @@ def test_keeps_light_checkpoints_at_log_spaced_steps(train, tmp_path):
 def watch(callback, losses, tmp_path, accumulation=1, first=0):
     """Show ``callback`` the losses of consecutive micro-batches, as Lightning would: the share of the step's loss."""
     card = {"learner": {}, "tokens": "shift", "num_features": 4, "num_classes": 3, "length": 5}
-    module = SimpleNamespace(learner=LSTM(8, 3, width=4, depth=1), card=lambda: card)
+    data = SimpleNamespace(tasks=SimpleNamespace(chance_loss=math.log(3)))
+    module = SimpleNamespace(learner=LSTM(8, 3, width=4, depth=1), card=lambda: card, data=data)
 
     def alone(value, reduce_op):
         return value
