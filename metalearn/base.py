@@ -115,6 +115,9 @@ class Learner(nn.Module, ABC):
 
     num_inputs: int
     num_outputs: int
+    can_be_stacked: ClassVar[bool] = (
+        True  # whether ``torch.func.vmap`` batches it over members with weights of their own
+    )
 
     @abstractmethod
     def forward(self, tokens_BTD: Tensor) -> Tensor:

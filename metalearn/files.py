@@ -1,5 +1,8 @@
-"""Files that are whole at any moment, whenever the process is killed."""
+"""Files that are whole at any moment, whenever the process is killed, and folders that one process at a time works in."""
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -9,3 +12,25 @@ def write_whole(path: str | Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8", newline="")
     partial.replace(path)
+
+
+@contextmanager
+def locked(folder: str | Path, refusal: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold ``<folder>/.lock``; the system lets go of it when the process ends, however it ends.
+
+    Args:
+        folder: made where it is missing.
+        refusal: says what another process that holds the lock is doing.
+        wait: for that process to end.
+
+    Raises:
+        ValueError: with ``refusal``, if another process holds it and ``wait`` is false.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise ValueError(refusal) from None
+        yield
