@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,6 @@ from pebble import ProcessExpired, ProcessPool
 from metalearn.base import require_range
 
 Died = ProcessExpired  # what a future raises whose process was killed or crashed
-PRELOADED = "metalearn.cli"  # imported once, by the process from which workers are forked
 
 
 class Workers(Executor):
@@ -34,19 +34,22 @@ class Workers(Executor):
         workers: processes at a time, at least 1.
         threads: of each, at least 1.
         timeout_seconds: after which a piece of work is killed and its future raises ``TimeoutError``; null for never.
+        preload: the module that is imported once for all, by the process from which workers are forked.
 
     Raises:
         ValueError: for values out of range.
     """
 
-    def __init__(self, workers: int, threads: int = 1, timeout_seconds: float | None = None):
+    def __init__(
+        self, workers: int, threads: int = 1, timeout_seconds: float | None = None, preload: str = "metalearn.cli"
+    ):
         require_range("workers", workers, 1)
         require_range("threads", threads, 1)
         if timeout_seconds is not None and timeout_seconds <= 0:
             raise ValueError(f"timeout_seconds is {timeout_seconds}; accepted: above 0, or null")
         self.workers, self.threads, self.timeout_seconds = workers, threads, timeout_seconds
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([PRELOADED])
+        context.set_forkserver_preload([preload])
         arguments = (os.getpid(), threads)
         self._pool = ProcessPool(workers, max_tasks=1, initializer=_begin, initargs=arguments, context=context)
 
@@ -140,9 +143,8 @@ def passive_threads(threads: int) -> Iterator[None]:
 
 def _begin(parent: int, threads: int) -> None:
     """First thing in a worker: threads, and a watch over the process that it works for."""
-    import torch
-
-    torch.set_num_threads(threads)
+    if "torch" in sys.modules:  # it read the environment when the process from which workers are forked imported it
+        sys.modules["torch"].set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 

@@ -182,8 +182,8 @@ class ProbeCLI(MetalearnCLI):
         self.timer = StepTimer(settings.max_steps)
         self.save_config_callback = None
         settings.max_steps = min(settings.max_steps, PROBED_STEPS)
-        settings.limit_val_batches, settings.logger, settings.callbacks = 0, False, [self.timer]
-        return super().instantiate_trainer(logger=False, enable_progress_bar=False)
+        settings.limit_val_batches, settings.enable_progress_bar, settings.callbacks = 0, False, [self.timer]
+        return super().instantiate_trainer(logger=False)
 
     def after_fit(self) -> None:
         """Nothing is kept."""

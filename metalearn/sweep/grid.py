@@ -108,7 +108,7 @@ def read_sweep_file(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         _put(base, place, yaml.safe_load(value))
     grid, search = content.get("grid") or {}, content.get("search") or {}
     if bool(grid) == bool(search):
-        raise ValueError(f"{path} has {'both' if grid else 'neither'} grid and search; accepted: one of them")
+        raise ValueError(f"{path} has {'both grid and' if grid else 'neither grid nor'} search; accepted: one of them")
     axes = _axes(grid)
     sweep = Sweep(
         base=base,
