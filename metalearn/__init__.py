@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from metalearn.classifier import InContextClassifier
     from metalearn.losses.learned import LearnedLoss, load_loss
+    from metalearn.regressor import InContextRegressor
 
 _EXPORTS = {  # imported when first asked for: torch takes a second
     "InContextClassifier": "metalearn.classifier",
+    "InContextRegressor": "metalearn.regressor",
     "LearnedLoss": "metalearn.losses.learned",
     "load_loss": "metalearn.losses.learned",
 }
 
-__all__ = ["InContextClassifier", "LearnedLoss", "load_loss"]
+__all__ = ["InContextClassifier", "InContextRegressor", "LearnedLoss", "load_loss"]
 
 
 def __getattr__(name: str) -> Any:

@@ -88,9 +88,14 @@ def normal(key: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     return halves.float().mul_(_UNIT).erfinv_().mul_(math.sqrt(2)).reshape((*key.shape, *shape))
 
 
-def integers(key: Tensor, shape: tuple[int, ...], high: int) -> Tensor:
-    """int64 uniform in [0, high), 1 <= high <= 2^31: (*key.shape, *shape). The bias of the multiply-shift is below high / 2^32."""
-    if not 1 <= high <= 2**31:
+def integers(key: Tensor, shape: tuple[int, ...], high: int | Tensor) -> Tensor:
+    """int64 uniform in [0, high), 1 <= high <= 2^31: (*key.shape, *shape). The bias of the multiply-shift is below high / 2^32.
+
+    A tensor ``high`` has one for each key, broadcasts against them, and is not checked: a GPU would have to be waited for.
+    """
+    if isinstance(high, Tensor):
+        high = high.unsqueeze(-1)
+    elif not 1 <= high <= 2**31:
         raise ValueError(f"high is {high}; accepted: 1 <= high <= 2^31")
     words = bits(key, math.prod(shape)) >> 32 & (2**32 - 1)
     return ((words * high) >> 32).reshape((*key.shape, *shape))

@@ -19,7 +19,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from metalearn import InContextClassifier
-from metalearn.classifier import _blocks, _codes, _read, class_probabilities
+from metalearn.classifier import _codes, class_probabilities
+from metalearn.in_context import draw_blocks, read_checkpoint
 from metalearn.models.recurrent import LSTM
 from metalearn.models.saving import describe, save_learner
 from metalearn.models.tokens import FORMATS, Tokens
@@ -60,7 +61,7 @@ def table(rows=15, features=8, classes=K, seed=0):
 
 def uncached(classifier, X_seen, X):
     """Every member, digit and query as a sequence of its own through ``forward``, probabilities by explicit loops."""
-    learner, card, _ = _read(classifier.checkpoint, ())
+    learner, card, _ = read_checkpoint(classifier.checkpoint, ())
     tokens, codes_EGC = Tokens(card["tokens"], D, K), classifier._codes_EGC.numpy()
     z_QF = torch.from_numpy((X - X_seen.mean(0)) / X_seen.std(0))
     answers = np.zeros((len(X), len(classifier.classes_)))
@@ -144,7 +145,7 @@ def test_matches_digit_decomposition_by_explicit_loops(classes):
 @pytest.mark.parametrize(("rows", "longest"), [(5, 19), (19, 19), (20, 19), (100, 31), (93, 31)])
 def test_blocks_cover_all_rows_and_repeat_none(rows, longest):
     needed = -(-rows // longest)
-    blocks = _blocks(rows, longest, 2 * needed, np.random.RandomState(0)).numpy()
+    blocks = draw_blocks(rows, longest, 2 * needed, np.random.RandomState(0)).numpy()
     assert all(len(set(block)) == len(block) == min(rows, longest) for block in blocks)
     assert set(blocks[:needed].ravel()) == set(blocks[needed:].ravel()) == set(range(rows))
     assert len({tuple(block) for block in blocks}) == len(blocks)
@@ -329,7 +330,7 @@ def test_takes_a_strangers_learner_only_when_trusted(tmp_path):
 def forged(path, checkpoint, card=None, tensors=None):
     """A saved fitted classifier with entries of its "fit" card and fitted tensors changed; None removes one."""
     InContextClassifier(checkpoint, num_estimators=2).fit(*table()).save(path)
-    learner, original, fitted = _read(path, ())
+    learner, original, fitted = read_checkpoint(path, ())
     changed = {name: value for name, value in (fitted | (tensors or {})).items() if value is not None}
     save_learner(path, learner, original | {"fit": original["fit"] | (card or {})}, changed)
     return path
@@ -362,7 +363,7 @@ def test_refuses_a_forged_fit(checkpoint, tmp_path, change):
 
 @pytest.mark.parametrize("saved", [[], {"checkpoint": "/etc/passwd"}, {"device": "cuda"}, {"trusted_classes": ["os"]}])
 def test_refuses_forged_settings(checkpoint, tmp_path, saved):
-    learner, card, _ = _read(checkpoint, ())
+    learner, card, _ = read_checkpoint(checkpoint, ())
     save_learner(tmp_path / "forged.safetensors", learner, card | {"settings": saved})
     with pytest.raises(ValueError, match="accepted: num_estimators, projection"):
         InContextClassifier.from_checkpoint(tmp_path / "forged.safetensors")
@@ -408,7 +409,7 @@ def test_refuses_to_save_what_would_not_come_back(checkpoint, tmp_path):
 
 
 def test_says_so_when_the_learner_diverged(tmp_path):
-    learner, card, _ = _read(write(tmp_path / "learner.safetensors"), ())
+    learner, card, _ = read_checkpoint(write(tmp_path / "learner.safetensors"), ())
     torch.nn.init.constant_(learner.head.bias, torch.nan)
     save_learner(tmp_path / "diverged.safetensors", learner, card)
     X, y = table()

@@ -12,7 +12,8 @@ from test_cli import printed
 from metalearn.cli import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-EXPERIMENTS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "hardware")
+SWEEPS = sorted(CONFIGS.glob("*/*.sweep.yaml"))
+EXPERIMENTS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "hardware" and path not in SWEEPS)
 HARDWARE = sorted(CONFIGS.glob("hardware/*.yaml"))
 QUICK = CONFIGS / "in_context" / "quick.yaml"
 SHORT = [
@@ -84,6 +85,16 @@ def test_experiment_runs_shrunk(config, tmp_path, local_data):
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2
     assert all(weight.isfinite().all() for weight in checkpoint["state_dict"].values())
+
+
+@pytest.mark.parametrize("config", SWEEPS, ids=name)
+def test_sweep_is_listed_and_its_cost_estimated(config, tmp_path, local_data, capsys):
+    small = ("trainer.max_steps=2", "data.init_args.meta_batch_size=2", "trainer.accelerator=cpu", "trainer.devices=1")
+    settings = [part for setting in small for part in ("--set", setting)]
+    assert main(["sweep", str(config), "--sweep_dir", str(tmp_path), "--dry_run", *settings]) == 0
+    *cells, cost = capsys.readouterr().out.splitlines()
+    assert len(set(cells)) == len(cells) and cost.startswith(f"{len(cells)} cells")
+    assert config.read_text().startswith("# ") and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=name)

@@ -4,11 +4,28 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from metalearn.models.recurrent import LSTM
+from metalearn.models.fast_weights import DeltaNet, GatedDeltaNet, LinearAttention
+from metalearn.models.feed_forward import FeedForward
+from metalearn.models.outer_product import OuterProductLSTM
+from metalearn.models.recurrent import GRU, LSTM, Recurrent
+from metalearn.models.self_modifying import VSML, VSMLWithoutSymmetries
 from metalearn.models.transformer import POSITIONS, Transformer
 
 SMALL = dict(width=24, depth=2, heads=3, head_width=10)
-LEARNERS = [(Transformer, SMALL | dict(positions=p)) for p in POSITIONS] + [(LSTM, dict(width=20, depth=2))]
+LEARNERS = [
+    *((Transformer, SMALL | dict(positions=p)) for p in POSITIONS),
+    (LSTM, dict(width=20, depth=2)),
+    (GRU, dict(width=20, depth=2)),
+    (OuterProductLSTM, dict(width=6, heads=2)),
+    (VSML, dict(width=6, message_size=3)),
+    (VSML, dict(width=6, message_size=3, error_feedback=True)),
+    (VSMLWithoutSymmetries, dict(grid_size=3, width=6, message_size=2, row_size=4)),
+    (FeedForward, dict(width=20)),
+    (LinearAttention, SMALL),
+    (LinearAttention, SMALL | dict(normalise=False, convolution=2)),
+    (DeltaNet, SMALL | dict(chunk_size=5)),
+    (GatedDeltaNet, SMALL | dict(chunk_size=5, convolution=4)),
+]
 
 
 @pytest.fixture(params=LEARNERS, ids=lambda p: f"{p[0].__name__}-{p[1].get('positions', '')}")
@@ -55,12 +72,14 @@ def test_branches_match_one_sequence_each_and_leave_the_state_alone(learner):
 
 
 def test_is_causal_and_listens_to_the_past(learner):
-    x = tokens()
+    x, remembers = tokens(), learner.state_size(12) > 0
+    unchanged = learner(x)
     for t in range(x.shape[1]):
         changed = x.clone()
         changed[:, t] += 1
-        difference = (learner(changed) - learner(x)).abs().amax(dim=(0, 2))
-        assert (difference[:t] == 0).all() and (difference[t:] > 0).all()
+        difference = (learner(changed) - unchanged).abs().amax(dim=(0, 2))
+        assert (difference[:t] == 0).all() and difference[t] > 0
+        assert ((difference[t + 1 :] > 0) == remembers).all()
 
 
 def test_state_size_counts_the_floats_of_the_state(learner):
@@ -72,6 +91,22 @@ def test_state_size_counts_the_floats_of_the_state(learner):
 def test_gradient_reaches_every_parameter(learner):
     learner(tokens(2, 12)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in learner.parameters())
+
+
+def test_matches_single_members_when_stacked(learner):
+    if not learner.can_be_stacked:
+        pytest.skip("says that it cannot")
+
+    def loss(params, x):
+        return torch.func.functional_call(learner, params, (x,)).square().sum()
+
+    members = [{n: p.detach() * scale for n, p in learner.named_parameters()} for scale in (1.0, 0.8)]
+    stacked = {name: torch.stack([member[name] for member in members]) for name in members[0]}
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the one attention that vmap batches
+        grads = torch.func.vmap(torch.func.grad(loss))(stacked, torch.stack([tokens(), tokens().flip(0)]))
+    for k, x in enumerate((tokens(), tokens().flip(0))):
+        alone = torch.func.grad(loss)(members[k], x)
+        torch.testing.assert_close({n: g[k] for n, g in grads.items()}, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_keeps_its_constructor_arguments(learner):
@@ -87,9 +122,20 @@ def test_bfloat16_is_finite_and_close(learner):
 
 
 def test_flops_match_torchs_counter(learner):
-    if isinstance(learner, LSTM):  # the counter does not see the fused cell; its matrix products are counted by hand
+    if isinstance(learner, LinearAttention | DeltaNet):
+        pytest.skip("its chunks are counted in tests/models/test_fast_weights.py")
+    if isinstance(
+        learner, LSTM | GRU
+    ):  # the counter does not see the fused cell; its matrix products are counted by hand
         weights = sum(p.numel() for n, p in learner.named_parameters() if "weight" in n)
         assert learner.flops_per_token(12) == 2 * weights
+        return
+    if isinstance(learner, Recurrent | FeedForward):
+        with FlopCounterMode(display=False) as shorter:
+            learner(tokens(1, 2))
+        with FlopCounterMode(display=False) as counter:
+            learner(tokens(1, 3))
+        assert counter.get_total_flops() - shorter.get_total_flops() == learner.flops_per_token(12)
         return
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         learner(tokens(1, 12))
@@ -105,6 +151,12 @@ def test_flops_match_torchs_counter(learner):
         (Transformer, dict(positions="fourier"), "'fourier'; accepted: 'rope'"),
         (Transformer, dict(positions="rope", head_width=3), "head_width is 3"),
         (LSTM, dict(width=0), "width is 0"),
+        (GRU, dict(depth=0), "depth is 0"),
+        (OuterProductLSTM, dict(heads=0), "heads is 0"),
+        (VSML, dict(micro_ticks=0), "micro_ticks is 0"),
+        (VSML, dict(bound=0.0), "bound is 0.0"),
+        (VSMLWithoutSymmetries, dict(grid_size=0), "grid_size is 0"),
+        (FeedForward, dict(depth=0), "depth is 0"),
     ],
 )
 def test_refuses_bad_sizes(kind, arguments, message):

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom on a small run."""
+"""Every notebook runs from top to bottom on a small run, or on a made-up sweep, and is one that Jupyter opens."""
 
 import runpy
 from pathlib import Path
@@ -7,8 +7,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
+jupytext = pytest.importorskip("jupytext")
 matplotlib = pytest.importorskip("matplotlib")
+nbformat = pytest.importorskip("nbformat")
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.py"))
+SWEEPS = {  # made up: see tests/data/sweeps/README.md
+    notebook: Path(__file__).parent / "data" / "sweeps" / sweep
+    for notebook, sweep in {
+        "phases": "phases",
+        "learning_curves": "phases",
+        "state_size": "state_size",
+        "interventions": "interventions",
+    }.items()
+}
 STREAMS = ("seen_train", "unseen_held_out")
 
 
@@ -39,9 +50,20 @@ def run_dir(tmp_path: Path) -> Path:
 def test_runs_on_a_small_run(notebook: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.setenv("METALEARN_RUN", str(run_dir))
+    monkeypatch.setenv("METALEARN_SWEEP", str(SWEEPS.get(notebook.stem, "")))
     namespace = runpy.run_path(str(notebook))
-    assert run_dir == namespace["RUN"], "the notebook must read the run that METALEARN_RUN names"
+    name, folder = ("SWEEP", SWEEPS[notebook.stem]) if notebook.stem in SWEEPS else ("RUN", run_dir)
+    assert folder == namespace[name], f"the notebook must read what METALEARN_{name} names"
     matplotlib.pyplot.close("all")
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_opens_in_jupyter(notebook: Path) -> None:
+    opened = jupytext.read(notebook)
+    nbformat.validate(opened)
+    kinds = [cell["cell_type"] for cell in opened["cells"]]
+    assert kinds[0] == "markdown" and kinds.count("code") >= 3
+    assert opened["cells"][0]["source"].startswith("# ") and opened["cells"][0]["source"].splitlines()[0].endswith("?")
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

@@ -96,6 +96,13 @@ def test_refuses_a_range_it_cannot_draw_from(high):
         random.integers(random.key(0), (2,), high)
 
 
+def test_integers_below_bounds_of_their_own_match_one_by_one():
+    keys, high = random.fold(random.key(0), torch.arange(12)).view(4, 3), torch.tensor([[1], [7], [1000], [2**31]])
+    drawn = random.integers(keys, (50,), high)
+    for m, bound in enumerate(high.flatten().tolist()):
+        assert torch.equal(drawn[m], random.integers(keys[m], (50,), bound))
+
+
 def test_refuses_more_different_integers_than_there_are():
     with pytest.raises(ValueError, match="count = 4 different integers below high = 3"):
         random.distinct(random.key(0), 4, 3)

@@ -28,6 +28,8 @@ def read_sweep(sweep_dir: str | Path) -> pd.DataFrame:
     if not path.is_file():
         raise ValueError(f"{str(path)!r} does not exist; make it with: metalearn sweep FILE --sweep_dir {sweep_dir}")
     frame = pd.read_csv(path)
+    names = [name for name in axes_of(frame) if not pd.api.types.is_numeric_dtype(frame[name])]
+    frame[names] = pd.read_csv(path, usecols=names, keep_default_na=False)[names] if names else frame[names]
     if NUM_TASKS in frame:
         frame[NUM_TASKS] = frame[NUM_TASKS].astype(float).fillna(float("inf"))
     return frame

@@ -1,16 +1,15 @@
 """The command line: ``metalearn fit|validate|test -c config.yaml --run_dir runs/x --ckpt_path last``, and other commands."""
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 
 from jsonargparse import ArgumentError
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from metalearn.cli import commands
 from metalearn.cli.diagnose import diagnose
-from metalearn.cli.run import MetalearnCLI, run_lightning
+from metalearn.cli.run import MetalearnCLI, one_line, run_lightning
 from metalearn.cli.sweep import sweep
 
 HELP = """usage: metalearn COMMAND ...
@@ -43,16 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, ArgumentError, MisconfigurationException, OSError) as error:
         if os.environ.get("METALEARN_DEBUG"):
             raise
-        print(f"metalearn: error: {_one_line(error)}", file=sys.stderr)
+        print(f"metalearn: error: {one_line(error)}", file=sys.stderr)
         return 2
-
-
-def _one_line(error: Exception) -> str:
-    """The message without what jsonargparse wraps around it: the types it tried, and the whole configuration."""
-    message = " ".join(str(error).split())
-    if wrapped := re.search(r"Errors: - (.*) - Expected a <class 'NoneType'>", message):
-        message = wrapped[1]
-    return re.sub(r"\.? Got value: Namespace\(.*\)$", "", message)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -204,6 +205,14 @@ def refuse_other_class(written: Any, config: Any, place: str) -> None:
     for name, inner in written.items():
         child = config.get(name) if hasattr(config, "get") else None
         refuse_other_class(inner, child, f"{place}.{name}".removeprefix("."))
+
+
+def one_line(error: Exception) -> str:
+    """The message without what jsonargparse wraps around it: the types it tried, and the whole configuration."""
+    message = " ".join(str(error).split())
+    if wrapped := re.search(r"Errors: - (.*) - Expected a <class 'NoneType'>", message):
+        message = wrapped[1]
+    return re.sub(r"\.? Got value: Namespace\(.*\)$", "", message)
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

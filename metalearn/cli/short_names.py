@@ -10,11 +10,16 @@ import metalearn.losses.learned
 import metalearn.losses.network
 import metalearn.losses.standard
 import metalearn.losses.taylor
+import metalearn.models.fast_weights
+import metalearn.models.feed_forward
+import metalearn.models.outer_product
 import metalearn.models.recurrent
+import metalearn.models.self_modifying
 import metalearn.models.transformer
 import metalearn.models.vision
 import metalearn.multilevel.reweighting
 import metalearn.optim.first_order
+import metalearn.optim.sign_momentum
 import metalearn.problems.data_weights
 import metalearn.problems.distillation
 import metalearn.problems.few_shot
@@ -24,6 +29,7 @@ import metalearn.problems.opaque
 import metalearn.problems.schedules
 import metalearn.problems.toys
 import metalearn.tasks.images
+import metalearn.tasks.regression
 import metalearn.tasks.sources
 import metalearn.tasks.synthetic
 import metalearn.training.data

@@ -16,16 +16,17 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from metalearn.base import require_choice, require_range
-from metalearn.cli.run import MetalearnCLI, run_lightning
+from metalearn.cli.ensemble import groups_of, train_together
+from metalearn.cli.run import MetalearnCLI, one_line, run_lightning
 from metalearn.executors import RayWorkers, Workers
-from metalearn.sweep.driver import Driver, Options
+from metalearn.sweep.driver import RUNS, Driver, Options
 from metalearn.sweep.grid import Cell, Sweep, read_sweep_file
 from metalearn.sweep.live import Show
-from metalearn.sweep.work import Main
+from metalearn.sweep.work import RESULT, Main
 
 EXECUTORS = ("processes", "ray", "ensemble")
 PROBES, PROBED_STEPS, PROBED_SECONDS = 4, 12, 10.0
@@ -42,10 +43,10 @@ def sweep(arguments: list[str], main: Main) -> int:
     parser.add_argument(
         "--dry_run", action="store_true", help="print the cells and an estimate of the cost; run nothing"
     )
-    skipped = {"file", "main", "set", "retry_failed", "dry_run"}
-    parser.add_function_arguments(run_sweep, skip=skipped, as_group=False)
+    own: set[str | int] = {"file", "main", "overrides", "retry_failed", "dry_run"}
+    parser.add_function_arguments(run_sweep, skip=own, as_group=False)
     options = parser.parse_args(arguments).as_dict()
-    return run_sweep(options.pop("file"), main, **options)
+    return run_sweep(options.pop("file"), main, overrides=options.pop("set"), **options)
 
 
 def run_sweep(
@@ -54,10 +55,10 @@ def run_sweep(
     sweep_dir: str,
     executor: str = "processes",
     workers: int | None = None,
-    threads: int = 1,
+    threads: int | None = None,
     gpus: float = 0.0,
     address: str | None = None,
-    set: list[str] | None = None,
+    overrides: list[str] | None = None,
     timeout_minutes: float | None = None,
     budget_minutes: float | None = None,
     retries: int = 2,
@@ -73,10 +74,10 @@ def run_sweep(
         executor: "processes" of this machine; "ray" for a Ray cluster; "ensemble" trains cells that differ only in
             seed, tasks or learning rate as one run on one device.
         workers: Runs at a time; by default one per core (per cluster core, one ensemble).
-        threads: Of each run; for an ensemble, by default all cores.
+        threads: Of each run; by default one, and for an ensemble all cores.
         gpus: Of each run, with ray; a fraction packs several runs onto one GPU.
         address: Of the Ray cluster, "auto" for the one this machine belongs to.
-        set: settings of every run, each "dotted.path=value".
+        overrides: settings of every run, each "dotted.path=value".
         timeout_minutes: After which a run has failed.
         budget_minutes: After which no further run is started; repeat the command to go on.
         retries: How often a run is started again whose process died.
@@ -90,7 +91,8 @@ def run_sweep(
     require_range("retries", retries, 0)
     if budget_minutes is not None:
         require_range("budget_minutes", budget_minutes, 0)
-    plan, folder = read_sweep_file(file, set or ()), Path(sweep_dir)
+    plan, folder = read_sweep_file(file, overrides or ()), Path(sweep_dir)
+    threads = threads or (_cores() if executor == "ensemble" else 1)
     workers = _workers(executor, workers, threads)
     check(plan)
     if dry_run:
@@ -103,9 +105,7 @@ def run_sweep(
     with Show(total, workers, plan.objective.get("metric")) as show:
         driver = Driver(plan, folder, main, make, options, show)
         if executor == "ensemble":
-            from metalearn.cli.ensemble import fit_together, groups_of
-
-            driver.together, driver.groups = fit_together, groups_of
+            driver.together, driver.groups = train_together, groups_of
         outcomes = driver.run()
     failed = [name for name, outcome in outcomes.items() if outcome.reason]
     print(f"\n{len(outcomes) - len(failed)} of {total} cells complete, {len(failed)} failed: {folder / 'cells.csv'}")
@@ -143,7 +143,7 @@ def check(plan: Sweep) -> None:
             _build(cell.config, CheckCLI)
         except (ValueError, ArgumentError, MisconfigurationException) as error:
             place = ", ".join(f"{axis} {label}" for axis, label in cell.point.items())
-            raise ValueError(f"the run at {place} is refused: {error}") from error
+            raise ValueError(f"the run at {place} is refused: {one_line(error)}") from error
 
 
 def estimate(plan: Sweep, workers: int) -> str:
@@ -238,13 +238,17 @@ def _workers(executor: str, asked: int | None, threads: int) -> int:
         return asked
     if executor == "ensemble":
         return 1
-    return max(1, len(os.sched_getaffinity(0)) // threads)
+    return max(1, _cores() // threads)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _report(plan: Sweep, folder: Path) -> None:
     """The figure that the sweep file asks for."""
-    if not plan.report:
-        return
-    from metalearn.analysis.phases import report
+    if plan.report and any((folder / RUNS).glob(f"*/{RESULT}")):
+        from metalearn.analysis.phases import report
 
-    print(report(folder, **plan.report))
+        print(report(folder, plan.report["x"], plan.report.get("y")))

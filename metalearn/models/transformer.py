@@ -98,6 +98,16 @@ class Transformer(Learner):
             x_BQD = block.branch(x_BQD, rotation, state["keys"][:, layer], state["values"][:, layer])
         return self.head(self.norm(x_BQD))
 
+    def attention(self, tokens_BTD: Tensor) -> Tensor:
+        """Attention weights (B, L, H, T, T) of every head: row t is how token t shares its attention among tokens 0 … t."""
+        x_BTD, rotation = self._embed(tokens_BTD, 0, tokens_BTD.shape[1])
+        weights = []
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            weights.append(block.attention(x_BTD, rotation))
+            x_BTD = block(x_BTD, rotation)[0]
+        return torch.stack(weights, dim=1)
+
     def state_size(self, length: int) -> int:
         """Keys and values of every token: 2·L·H·E·length."""
         return 2 * self.depth * self.heads * self.head_width * length
@@ -157,6 +167,13 @@ class Block(nn.Module):
         own_BHQ1 = (q_BHQE * own_k_BHQE).sum(-1, keepdim=True)
         weights = torch.cat([cached_BHQN, own_BHQ1], dim=-1).div_(math.sqrt(q_BHQE.shape[-1])).softmax(dim=-1)
         return self._merge(x_BQD, weights[..., :-1] @ v_BHNE + weights[..., -1:] * own_v_BHQE)
+
+    def attention(self, x_BTD: Tensor, rotation: Tensor | None) -> Tensor:
+        """The weights (B, H, T, T) that ``forward`` gives values without a cache; SDPA computes them and keeps them to itself."""
+        q_BHTE, k_BHTE, _ = self._project(x_BTD, rotation)
+        scores_BHTT = q_BHTE @ k_BHTE.mT / math.sqrt(q_BHTE.shape[-1])
+        future_TT = torch.ones(scores_BHTT.shape[-2:], dtype=torch.bool, device=x_BTD.device).triu(1)
+        return scores_BHTT.masked_fill(future_TT, float("-inf")).softmax(dim=-1)
 
     def _project(self, x_BTD: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         qkv = self.project_in(self.attention_norm(x_BTD)).unflatten(-1, (3, self.heads, -1))

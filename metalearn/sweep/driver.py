@@ -15,7 +15,7 @@ from metalearn.executors import Died
 from metalearn.files import locked, write_whole
 from metalearn.sweep.grid import Cell, Sweep
 from metalearn.sweep.study import Study, Task
-from metalearn.sweep.work import FAILURE, RESULT, Main, Outcome, failed, judge, run_cell
+from metalearn.sweep.work import FAILURE, Main, Outcome, failed, recalled, run_cell
 
 SWEEP, CELLS, RUNS = "sweep.json", "cells.csv", "runs"
 POLL_SECONDS = 0.05
@@ -115,7 +115,7 @@ class Driver:
         for cell, state in study.cells():
             folder = self.folder / RUNS / cell.name
             if state in ("complete", "failed"):
-                self.outcomes[cell.name] = _recalled(folder)
+                self.outcomes[cell.name] = recalled(folder)
 
     def _loop(self, study: Study) -> None:
         deadline = time.monotonic() + 60 * (self.options.budget_minutes or float("inf"))
@@ -211,10 +211,3 @@ class Driver:
         table.writeheader()
         table.writerows(rows)
         write_whole(self.folder / CELLS, text.getvalue())
-
-
-def _recalled(folder: Path) -> Outcome:
-    if (folder / FAILURE).is_file():
-        record = json.loads((folder / FAILURE).read_text())
-        return Outcome(None, record["reason"], record["final"])
-    return judge(folder) if (folder / RESULT).is_file() else Outcome(None, "its folder is gone")

@@ -178,8 +178,10 @@ def _check(sweep: Sweep) -> None:
         raise ValueError(f"objective is {sweep.objective}; accepted: {accepted}")
     columns = sweep.axes.keys() | {column(path) for path in sweep.search}
     for key, axis in sweep.report.items():
-        if key not in ("x", "y") or axis not in columns:
-            raise ValueError(f"report has {key}: {axis}; accepted: x and y, each one of {', '.join(sorted(columns))}")
+        if key not in ("x", "y") or axis not in columns or "x" not in sweep.report:
+            raise ValueError(
+                f"report has {key}: {axis}; accepted: x, and y if need be, of {', '.join(sorted(columns))}"
+            )
 
 
 def _put(config: dict[str, Any], path: str, value: Any) -> None:

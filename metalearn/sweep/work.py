@@ -45,7 +45,7 @@ def run_cell(main: Main, config: dict[str, Any], run_dir: str) -> Outcome:
         write_whole(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
     command = ["fit", "-c", str(folder / CONFIG), "--run_dir", str(folder), "--ckpt_path", "last"]
     command += ["--trainer.enable_progress_bar", "false"]
-    with _output_to(folder / LOG):
+    with output_to(folder / LOG):
         try:
             code = main(command)
         except BaseException:
@@ -67,6 +67,14 @@ def judge(folder: Path) -> Outcome:
     return Outcome(result)
 
 
+def recalled(folder: Path) -> Outcome:
+    """The outcome of a run that ended earlier, as its folder tells it."""
+    if (folder / FAILURE).is_file():
+        record = json.loads((folder / FAILURE).read_text())
+        return Outcome(None, record["reason"], record["final"])
+    return judge(folder) if (folder / RESULT).is_file() else Outcome(None, "its folder is gone")
+
+
 def failed(folder: Path, reason: str, final: bool = True) -> Outcome:
     """Write down why a run has no result, with the end of its log."""
     log = folder / LOG
@@ -76,7 +84,7 @@ def failed(folder: Path, reason: str, final: bool = True) -> Outcome:
 
 
 @contextlib.contextmanager
-def _output_to(path: Path) -> Iterator[None]:
+def output_to(path: Path) -> Iterator[None]:
     """Standard output and error of this process, and of what it starts, go to the end of a file."""
     sys.stdout.flush()
     sys.stderr.flush()

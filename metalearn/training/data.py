@@ -123,7 +123,7 @@ class TaskBatches(LightningDataModule):
         fingerprint, seed = record.get("fingerprint", {}), {"seed": record.get("seed")}
         if self._trainer.state.fn == "fit":
             return {"fingerprint": fingerprint} | seed
-        seen = any(stream.startswith("seen_") for stream in self.tasks.streams())
+        seen = any(stream.split("_")[0] == "seen" for stream in self.tasks.streams())
         return {"fingerprint": fingerprint.get(BASE)} | (seed if seen else {})
 
     @property

@@ -131,14 +131,18 @@ class InContextLearning(LightningModule):
         """What ``metalearn.models.saving`` needs to rebuild the learner: builtins only."""
         assert self.learner is not None
         sizes = {"num_features": self.tokens.num_features, "num_classes": self.tokens.num_classes}
-        return {"learner": describe(self.learner), "tokens": self.format, **sizes, "length": self.data.length}
+        card = {"learner": describe(self.learner), "tokens": self.format, **sizes, "length": self.data.length}
+        if self.tokens.num_classes == 1:  # what a regressor scales its targets to
+            card["target_scale"] = math.sqrt(self.data.tasks.chance_loss)
+        return card
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CARD] = self.card()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved, own = _settings(checkpoint.get(CARD, {})), _settings(self.card())
-        differing = [name for name in own if name != "length" and saved.get(name) != own[name]]
+        of_data = ("length", "target_scale")
+        differing = [name for name in own if name not in of_data and saved.get(name) != own[name]]
         if differing:
             name = differing[0]
             raise ValueError(

@@ -3,6 +3,7 @@
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 # (The Trainer sets many of its attributes where no type checker sees them, and re-exports names without saying so.)
 
+import functools
 import json
 import os
 import platform
@@ -48,6 +49,7 @@ class RunRecord(SaveConfigCallback):
         (Path(trainer.default_root_dir) / RESULT).unlink(missing_ok=True)  # of a shorter run that now goes on
 
 
+@functools.cache  # an ensemble leaves one record per member
 def _git_state() -> dict[str, Any]:
     """Commit and whether the tree differs from it; empty where the package does not stand in a git checkout."""
     here = Path(__file__).parent

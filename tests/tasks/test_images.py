@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -9,7 +10,7 @@ from scipy import stats
 from metalearn import random
 from metalearn.base import Examples, MetaTest, MetaTrain, MetaValidation, Source
 from metalearn.tasks.images import ProjectedImages
-from metalearn.tasks.sources import ImageSource
+from metalearn.tasks.sources import ImageSource, TableSource
 from metalearn.tasks.synthetic import RandomSource
 
 P, K = 20, 4
@@ -178,18 +179,99 @@ def test_biased_tasks_share_one_permutation_and_unseen_tasks_do_not():
     assert shared(1.0, MetaValidation("unseen_held_out")) < 0.1
 
 
+@pytest.mark.parametrize("num_tasks", [64, None])
+def test_a_task_curriculum_matches_the_smaller_pool_and_then_the_whole_distribution(num_tasks):
+    few, many = (distribution(num_tasks=count) for count in (8, num_tasks))
+    tasks = distribution(num_tasks=num_tasks, task_curriculum={3: 8})
+    for step, same in ((0, few), (2, few), (3, many), (9, many)):
+        assert all(map(torch.equal, *(each.batch(step, 4, 6, 9, MetaTrain()) for each in (tasks, same))))
+    for stream in many.streams():  # at any step
+        assert all(map(torch.equal, *(each.batch(0, 0, 6, 9, MetaValidation(stream)) for each in (tasks, many))))
+
+
+def test_tasks_of_a_curriculum_are_the_first_of_the_pool():
+    tasks = distribution(num_tasks=64, task_curriculum={3: 4})
+    keys_K = random.fold(random.key(0, "pool"), torch.arange(4))
+    pool_KPD = random.normal(random.fold(keys_K, "projection"), (P, 6)) / math.sqrt(P)
+    batch, seen = tasks.batch(2, 0, 30, 5, MetaTrain()), set()
+    for b in range(30):
+        known = [(recognise(batch.x[b], tasks.source, "train", a_PD) >= 0).all().item() for a_PD in pool_KPD]
+        assert sum(known) == 1
+        seen.add(known.index(True))
+    assert seen == set(range(4))
+
+
+def test_a_class_curriculum_holds_the_first_classes_of_each_task_until_it_ends():
+    tasks, plain = distribution(class_curriculum={3: 2}), distribution()
+    for step in (3, 9):
+        assert all(map(torch.equal, *(each.batch(step, 0, 6, 9, MetaTrain()) for each in (tasks, plain))))
+    split = MetaTest("unseen_held_out")
+    assert all(map(torch.equal, *(each.batch(0, 0, 6, 9, split) for each in (tasks, plain))))
+    batch, targets, pairs = tasks.batch(2, 0, 200, 40, MetaTrain()), tasks.source.parts["train"].targets, set()
+    for b in range(200):
+        rows = recognise(batch.x[b], tasks.source, "train", matrix(tasks, MetaTrain(), b, step=2))
+        assert (rows >= 0).all() and len(set(rows.tolist())) == 40
+        classes = {int(label): int(targets[row]) for row, label in zip(rows, batch.y[b], strict=True)}
+        assert set(batch.y[b].tolist()) == {0, 1}
+        assert all(classes[int(label)] == int(targets[row]) for row, label in zip(rows, batch.y[b], strict=True))
+        pairs.add((classes[0], classes[1]))
+    assert len(pairs) == K * (K - 1)  # every ordered pair of classes is some task's first two
+
+
+def test_a_class_curriculum_draws_every_example_of_the_classes_alike():
+    tasks = distribution(num_tasks=1, class_curriculum={1000: 2})
+    task_matrix = matrix(tasks, MetaTrain(), 0)
+    whole = tasks.batch(0, 0, 400, 10, MetaTrain())
+    rows = recognise(whole.x.flatten(0, 1), tasks.source, "train", task_matrix)
+    counts = torch.bincount(rows, minlength=200)
+    allowed = torch.isin(tasks.source.parts["train"].targets, tasks.source.parts["train"].targets[rows].unique())
+    assert (counts[~allowed] == 0).all() and stats.chisquare(counts[allowed].numpy()).pvalue > 1e-3
+    part = tasks.batch(0, 150, 20, 10, MetaTrain())  # another rank
+    assert torch.equal(part.y, whole.y[150:170])
+    torch.testing.assert_close(part.x, whole.x[150:170], rtol=1e-6, atol=1e-6)
+
+
+def test_a_class_curriculum_refuses_more_examples_than_its_classes_have():
+    source = Told()
+    source.parts["train"] = Examples(
+        source.parts["train"].inputs, torch.tensor([0] * 100 + [1] * 60 + [2] * 37 + [3] * 3)
+    )
+    tasks = distribution(source=source, class_curriculum={5: 2})
+    assert tasks.batch(0, 0, 3, 40, MetaTrain()).y.max() == 1
+    with pytest.raises(ValueError, match=r"length is 41; accepted .* has 2 of 4 classes: at most 40"):
+        tasks.batch(0, 0, 3, 41, MetaTrain())
+
+
+def test_embeddings_in_an_npz_file_match_a_dense_projection_of_them(tmp_path):
+    generator = np.random.default_rng(0)
+    rows_NP, labels_N = generator.normal(3.0, 2.0, (60, P)).astype(np.float32), np.arange(60) % 3
+    np.savez(tmp_path / "rows.npz", embeddings=rows_NP, labels=labels_N)
+    tasks = distribution(source=TableSource(str(tmp_path / "rows.npz")), num_features=7)
+    train_NP = tasks.source.read("train").inputs
+    whitened = (rows_NP - rows_NP.mean(0)) / rows_NP.std(0)
+    origin = torch.cdist(train_NP, torch.from_numpy(whitened)).argmin(1)  # the row of the file that each example is
+    assert len(origin.unique()) == len(train_NP)
+    batch, chosen = tasks.batch(0, 0, 4, 15, MetaTrain()), rows_NP[origin.numpy()]
+    for b in range(4):
+        dense_ND = (chosen - chosen.mean(0)) / chosen.std(0) @ matrix(tasks, MetaTrain(), b).numpy()
+        distance, example = torch.cdist(batch.x[b].double(), torch.from_numpy(dense_ND).double()).min(1)
+        assert distance.max() < 1e-3
+        file_labels = labels_N[origin[example].numpy()].tolist()
+        pairs = set(zip(file_labels, batch.y[b].tolist(), strict=True))
+        assert len(pairs) == len({label for label, _ in pairs}) == len({label for _, label in pairs}) == 3
+
+
 def test_the_rotated_draw_has_the_law_of_the_plain_one():
     digits = ImageSource("digits")
     plain = distribution(source=digits, num_features=16)
     full = distribution(source=digits, num_features=16, rank=64)
     cut = distribution(source=digits, num_features=16, rank=0.95)
     assert full.kept_variance["base"] == pytest.approx(1.0) and 0.95 <= cut.kept_variance["base"] < 0.97
-    assert full._parts["base", "train"].features.shape[1] == 64 > cut._parts["base", "train"].features.shape[1]
+    assert full._data["base"].read("train").inputs.shape[1] == 64 > cut._data["base"].read("train").inputs.shape[1]
 
     def inner_products(tasks, salt):
         """<A x, A x'> for fixed pairs x, x' under 4000 fresh A, by drawing A for the features as ``batch`` does."""
-        images = tasks._parts["base", "train"]
-        pair = images.features[[3, 11]]
+        pair = tasks._data["base"].read("train").inputs[[3, 11]]
         projected = pair @ random.normal(random.fold(random.key(salt), torch.arange(4000)), (pair.shape[1], 16))
         return torch.cat([(projected[:, 0] * projected[:, 1]).sum(-1), projected.square().sum(-1).flatten()]).numpy()
 
@@ -201,7 +283,7 @@ def test_the_rotated_draw_has_the_law_of_the_plain_one():
 def test_a_rotation_does_not_depend_on_signs_and_keeps_inner_products():
     digits = ImageSource("digits")
     tasks = distribution(source=digits, num_features=16, rank=64)
-    x, rotated = digits.read("test").inputs, tasks._parts["base", "test"].features * 8  # sqrt(64) pixels
+    x, rotated = digits.read("test").inputs, tasks._data["base"].read("test").inputs * 8  # sqrt(64) pixels
     torch.testing.assert_close(rotated @ rotated.T, x @ x.T, rtol=1e-4, atol=1e-3)
     assert (tasks._rotations["base"].abs().max(0).values == tasks._rotations["base"].max(0).values).all()
 
@@ -231,6 +313,10 @@ def test_other_data_may_have_another_size_and_fewer_classes():
         (dict(bias_fraction=1.5), "bias_fraction is 1.5"),
         (dict(rank=1.5), "rank is 1.5"),
         (dict(others={"seen_train": Told()}), "names a stream 'seen_train'"),
+        (dict(task_curriculum={0: 4}), "a step of task_curriculum is 0"),
+        (dict(num_tasks=8, task_curriculum={5: 9}), "task_curriculum before step 5 is 9; accepted: 1 <= .* <= 8"),
+        (dict(class_curriculum={5: 0}), "class_curriculum before step 5 is 0"),
+        (dict(class_curriculum={5: 5}), "class_curriculum before step 5 is 5; accepted: 1 <= .* <= 4"),
         (dict(others={"big": RandomSource(num_classes=9)}), "big has 9 classes; accepted: at most the base's 4"),
     ],
 )
