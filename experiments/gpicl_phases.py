@@ -64,11 +64,13 @@ def show(title: str, table: Any, stem: Path) -> None:
     print(f"{title}\n\n{format_table(table)}\n")
 
 
-def save(axes: Any, path: Path) -> None:
-    """Write the figure that axes are in, with one legend below it, and say where."""
-    entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    if entries and axes.get_legend() is None:
-        axes.figure.legend(entries.values(), entries, loc="outside lower center", ncols=4, frameon=False)
+def save(axes: Any, path: Path, ncols: int = 3) -> None:
+    """Write the figure that axes are in, with their legend below it, and say where."""
+    handles, names = axes.get_legend_handles_labels()
+    if (legend := axes.get_legend()) is not None:
+        legend.remove()
+    if names:
+        axes.figure.legend(handles, names, loc="outside lower center", ncols=ncols, frameon=False, fontsize="small")
     axes.figure.savefig(path, dpi=110)
     print(path)
 
@@ -97,8 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     transfer = other_data(cells)
     values = [f"validation/{stream}/accuracy_last" for stream in (UNSEEN, *transfer)]
     critical = critical_table(cells, "num_tasks", values, by="width")
-    critical["metric"] = critical["metric"].str.split("/").str[1]
-    show("Critical number of tasks", critical[["width", "metric", *CRITICAL]], folder / "critical")
+    critical["stream"] = critical["metric"].str.split("/").str[1]
+    show("Critical number of tasks", critical[["width", "stream", *CRITICAL]], folder / "critical")
     classes = load_learner(folder / cells["run_dir"].iloc[0] / "checkpoints" / "last.ckpt")[1]["num_classes"]
     widest = cells[cells["width"] == cells["width"].max()]
     table = regime_table(regimes(widest, 1 / classes), ["num_tasks"])

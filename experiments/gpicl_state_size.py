@@ -52,9 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     between = cells.drop_duplicates("learner")[[STATE, PARAMETERS]].corr("spearman").iloc[0, 1]
     print(f"rank correlation of the two sizes with each other: {between:.2f}")
     left = plot_state_size(cells, value, STATE)
-    plot_state_size(cells, value, PARAMETERS, beside(left))
+    plot_state_size(cells, value, PARAMETERS, beside(left)).set_ylabel("")
     left.set_ylabel("accuracy on unseen tasks")
-    save(left, options.sweep_dir / "state_size.png")
+    save(left, options.sweep_dir / "state_size.png", ncols=4)
 
 
 if __name__ == "__main__":

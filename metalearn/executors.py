@@ -45,11 +45,10 @@ class Workers(Executor):
     ):
         require_range("workers", workers, 1)
         require_range("threads", threads, 1)
-        if timeout_seconds is not None and timeout_seconds <= 0:
-            raise ValueError(f"timeout_seconds is {timeout_seconds}; accepted: above 0, or null")
-        self.workers, self.threads, self.timeout_seconds = workers, threads, timeout_seconds
+        _require_timeout(timeout_seconds)
+        self.capacity, self.threads, self.timeout_seconds = workers, threads, timeout_seconds
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([preload])
+        context.set_forkserver_preload([__name__, preload])
         arguments = (os.getpid(), threads)
         self._pool = ProcessPool(workers, max_tasks=1, initializer=_begin, initargs=arguments, context=context)
 
@@ -68,14 +67,14 @@ class Workers(Executor):
 
 
 class RayWorkers(Executor):
-    """Tasks of a Ray cluster. A task whose node dies is run again by Ray.
+    """Tasks of a Ray cluster. The future of a task whose process or node dies raises ``Died``.
 
     Args:
         address: of the cluster, "auto" for the one this machine belongs to; null starts one on this machine.
         threads: CPU cores of each task, at least 1.
         gpus: GPUs of each task; a fraction packs several onto one.
-        timeout_seconds: after which a task is killed and its future raises ``TimeoutError``; null for never.
-        retries: how often Ray runs a task again whose process died.
+        timeout_seconds: from its submission, after which a task is killed and its future raises ``TimeoutError``; null
+            for never.
 
     Raises:
         ValueError: without Ray (``pip install metalearn[ray]``), or for values out of range.
@@ -87,7 +86,6 @@ class RayWorkers(Executor):
         threads: int = 1,
         gpus: float = 0.0,
         timeout_seconds: float | None = None,
-        retries: int = 0,
     ):
         if importlib.util.find_spec("ray") is None:
             raise ValueError(
@@ -95,15 +93,19 @@ class RayWorkers(Executor):
             )
         require_range("threads", threads, 1)
         require_range("gpus", gpus, 0)
-        require_range("retries", retries, 0)
+        _require_timeout(timeout_seconds)
         import ray
 
         self._ray, self.timeout_seconds = ray, timeout_seconds
         self._started = not ray.is_initialized()
         if self._started:
             variables = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+            variables |= {name: value for name, value in os.environ.items() if name.startswith("METALEARN_")}
             ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": variables})
-        self._options = {"num_cpus": threads, "num_gpus": gpus, "max_retries": retries}
+        self._options = {"num_cpus": threads, "num_gpus": gpus, "max_retries": 0}
+        held = ray.cluster_resources()
+        by_gpu = held.get("GPU", 0) / gpus if gpus else float("inf")
+        self.capacity = max(1, int(min(held.get("CPU", 1) / threads, by_gpu)))
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
         reference = self._ray.remote(**self._options)(fn).remote(*args, **kwargs)
@@ -122,9 +124,11 @@ class RayWorkers(Executor):
         except self._ray.exceptions.GetTimeoutError:
             self._ray.cancel(reference, force=True)
             future.set_exception(TimeoutError("Task timeout"))
-        except self._ray.exceptions.WorkerCrashedError as error:
+        except self._ray.exceptions.RayTaskError as error:
+            future.set_exception(error)
+        except self._ray.exceptions.RayError as error:  # the process, its node or the memory it stood in
             future.set_exception(Died(str(error)))
-        except Exception as error:  # whatever the work raised, or Ray itself: the future's reader is told
+        except Exception as error:
             future.set_exception(error)
 
 
@@ -139,6 +143,11 @@ def passive_threads(threads: int) -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _require_timeout(seconds: float | None) -> None:
+    if seconds is not None and seconds <= 0:
+        raise ValueError(f"timeout_seconds is {seconds}; accepted: above 0, or null")
 
 
 def _begin(parent: int, threads: int) -> None:

@@ -1,6 +1,7 @@
 """Files that are whole at any moment, whenever the process is killed, and folders that one process at a time works in."""
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,10 @@ def write_whole(path: str | Path, text: str) -> None:
     """Write a text file whole or not at all: a partial one is put in its place when it is complete."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", newline="")
+    with open(partial, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # a file that was renamed before it reached the disk is empty after a power failure
     partial.replace(path)
 
 

@@ -29,7 +29,7 @@ sweep["run"] = [(SWEEP / run_dir).as_posix() for run_dir in sweep["run_dir"]]
 evaluated = sweep[[(Path(run) / "validation.csv").exists() for run in sweep["run"]]]
 if evaluated.empty:
     raise SystemExit(
-        f"no run of {SWEEP} is evaluated: metalearn validate -c RUN/config.yaml --run_dir RUN --ckpt_path last"
+        f"no run of {SWEEP} is evaluated: metalearn validate -c RUN/cell.yaml --run_dir RUN --ckpt_path last"
     )
 print(format_table(evaluated[["cell", *axes]]))
 

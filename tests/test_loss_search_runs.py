@@ -1,7 +1,8 @@
-"""Runs of loss search from the command line: killed in any phase and resumed, shared over two processes, shown, refused."""
+"""Runs of loss search from the command line: killed in any phase and resumed, shared by ranks or workers, shown, refused."""
 
 import json
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from test_resume import DDP, start
 import metalearn
 from metalearn.analysis.runs import read_metrics
 from metalearn.cli import main
+from metalearn.search import processes
 from metalearn.search.cache import Cache
 from metalearn.search.hall_of_fame import HallOfFame
 from metalearn.training.loss_search import LossSearch
@@ -137,6 +139,33 @@ def test_two_ranks_equal_one(whole, tmp_path):
     assert_same_files(tmp_path, whole)
 
 
+def test_two_workers_equal_one_process(whole, tmp_path, monkeypatch):
+    made = []
+
+    def threads(workers, threads):
+        made.append((workers, threads))
+        return ThreadPoolExecutor(1)
+
+    monkeypatch.setattr(processes, "Workers", threads)
+    assert fit(tmp_path, "--model.init_args.workers", 2) == 0
+    assert len(made) > 3 and set(made) == {(2, max(1, torch.get_num_threads() // 2))}
+    assert_same_files(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_two_workers_one_of_which_is_killed_equal_one_process(whole, tmp_path):
+    content = yaml.safe_load(CONFIG.read_text())
+    arguments = content["model"]["init_args"]
+    dying = {"steps": arguments["fitness"]["init_args"]["steps"], "folder": str(tmp_path)}
+    arguments |= {"workers": 2, "fitness": {"class_path": "search.mortal.DiesOnce", "init_args": dying}}
+    config = tmp_path / "workers.yaml"
+    config.write_text(yaml.safe_dump(content))
+    shared = start(config, tmp_path / "two")
+    assert shared.returncode == 0, shared.stderr
+    assert (tmp_path / "killed.txt").exists()
+    assert_same_files(tmp_path / "two", whole)
+
+
 @pytest.mark.slow
 def test_two_ranks_that_halve_equal_one(tmp_path):
     content = yaml.safe_load(CONFIG.read_text())
@@ -182,3 +211,4 @@ def test_mistakes_are_one_line_and_lose_nothing(whole, tmp_path, capsys):
     assert "position" in refused(capsys, *fresh, *seeds)
     assert "no examples to score" in refused(capsys, *fresh, "--model.init_args.task.init_args.untouched", 0)
     assert "lr is -1.0" in refused(capsys, *fresh, "--model.init_args.tuning.init_args.lr", -1)
+    assert "workers is 0" in refused(capsys, *fresh, "--model.init_args.workers", 0)

@@ -22,12 +22,18 @@ from pytorch_lightning import Trainer
 from metalearn.cli.run import MetalearnCLI, run_lightning
 from metalearn.files import locked, write_whole
 from metalearn.sweep.grid import SEED, Cell
-from metalearn.sweep.work import CONFIG, LOG, Main, Outcome, failed, output_to, recalled
+from metalearn.sweep.work import CONFIG, LOG, Outcome, failed, output_to, recalled
 from metalearn.training.callbacks import Budget
 from metalearn.training.ensemble import Member, fit_together
 from metalearn.training.record import RESULT, RunRecord
 
-OWN = (SEED, "data.init_args.tasks", "model.init_args.optimizer.init_args")  # what members may differ in
+_TASKS = "data.init_args.tasks.init_args"
+OWN = (  # what members may differ in
+    SEED,
+    "model.init_args.optimizer.init_args",
+    *(f"{_TASKS}.{name}" for name in ("num_tasks", "seed", "bias_fraction", "task_curriculum", "class_curriculum")),
+    *(f"{_TASKS}.{name}" for name in ("noise", "others", "source.init_args.path", "source.init_args.normalise")),
+)
 
 
 class MemberCLI(MetalearnCLI):
@@ -53,20 +59,20 @@ class MemberCLI(MetalearnCLI):
         return Member(self.model, self.datamodule, self.run_dir, settings.seed_everything, (record, *own))
 
 
-def groups_of(cells: Sequence[Cell]) -> list[list[int]]:
-    """Indices of cells whose configs differ in nothing but what members may differ in."""
+def groups_of(cells: Sequence[Cell], members: int) -> list[list[int]]:
+    """Indices of cells whose configs differ in nothing but what members may differ in, at most so many in a group."""
     groups: dict[str, list[int]] = {}
     for index, cell in enumerate(cells):
         groups.setdefault(_shared(cell.config), []).append(index)
-    return list(groups.values())
+    return [group[first : first + members] for group in groups.values() for first in range(0, len(group), members)]
 
 
-def train_together(main: Main, configs: Sequence[dict[str, Any]], run_dirs: Sequence[str]) -> list[Outcome]:
+def train_together(configs: Sequence[dict[str, Any]], run_dirs: Sequence[str]) -> list[Outcome]:
     """In a worker: train those of the cells that are not finished as one ensemble, with a resume point of its own.
 
-    The resume point lies beside the runs, in a folder named after its members. Output goes to the log of each.
+    The resume point lies beside the runs, in a folder named after its members, until they are complete. If they fail,
+    its log is copied to each.
     """
-    del main
     folders = [Path(run_dir) for run_dir in run_dirs]
     for folder in folders:
         with locked(folder, "", wait=True):  # a process that is still at work there, of a sweep that was killed
@@ -85,8 +91,11 @@ def train_together(main: Main, configs: Sequence[dict[str, Any]], run_dirs: Sequ
             sys.stderr.flush()
             for i in left:
                 shutil.copyfile(resume_point / LOG, folders[i] / LOG)
-                failed(folders[i], "wrong settings" if refused else "crashed")
-    return [recalled(folder) for folder in folders]
+                if not (folders[i] / RESULT).is_file():
+                    failed(folders[i], "wrong settings" if refused else "crashed")
+        else:
+            shutil.rmtree(resume_point)
+    return [recalled(folder) or failed(folder, "ended without a result") for folder in folders]
 
 
 def _train(configs: Sequence[dict[str, Any]], folders: Sequence[Path], resume_point: Path) -> None:

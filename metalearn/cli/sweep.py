@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from metalearn.base import require_choice, require_range
 from metalearn.cli.ensemble import groups_of, train_together
 from metalearn.cli.run import MetalearnCLI, one_line, run_lightning
 from metalearn.executors import RayWorkers, Workers
-from metalearn.sweep.driver import RUNS, Driver, Options
+from metalearn.sweep.driver import CELLS, RUNS, Driver, Options
 from metalearn.sweep.grid import Cell, Sweep, read_sweep_file
 from metalearn.sweep.live import Show
 from metalearn.sweep.work import RESULT, Main
+from metalearn.training.in_context import InContextLearning
 
 EXECUTORS = ("processes", "ray", "ensemble")
 PROBES, PROBED_STEPS, PROBED_SECONDS = 4, 12, 10.0
@@ -58,6 +60,7 @@ def run_sweep(
     threads: int | None = None,
     gpus: float = 0.0,
     address: str | None = None,
+    members: int = 64,
     overrides: list[str] | None = None,
     timeout_minutes: float | None = None,
     budget_minutes: float | None = None,
@@ -73,15 +76,16 @@ def run_sweep(
         sweep_dir: Folder of the sweep: one folder per cell under runs/, the table cells.csv, the study journal.log.
         executor: "processes" of this machine; "ray" for a Ray cluster; "ensemble" trains cells that differ only in
             seed, tasks or learning rate as one run on one device.
-        workers: Runs at a time; by default one per core (per cluster core, one ensemble).
+        workers: Runs (or ensembles) at a time; by default one per core, all those of the Ray cluster, or one ensemble.
         threads: Of each run; by default one, and for an ensemble all cores.
         gpus: Of each run, with ray; a fraction packs several runs onto one GPU.
         address: Of the Ray cluster, "auto" for the one this machine belongs to.
+        members: Of an ensemble, at most: what its device has memory for.
         overrides: settings of every run, each "dotted.path=value".
         timeout_minutes: After which a run has failed.
         budget_minutes: After which no further run is started; repeat the command to go on.
         retries: How often a run is started again whose process died.
-        retry_failed: run cells again that have failed before.
+        retry_failed: run cells again that have failed before; what diverged is not, because it would again.
         dry_run: print the cells and an estimate of the cost, and run nothing.
 
     Raises:
@@ -89,28 +93,36 @@ def run_sweep(
     """
     require_choice("executor", executor, EXECUTORS)
     require_range("retries", retries, 0)
+    require_range("members", members, 1)
     if budget_minutes is not None:
         require_range("budget_minutes", budget_minutes, 0)
+    if executor != "ray" and (gpus or address):
+        raise ValueError(f"executor is {executor!r} with --gpus or --address; accepted with them: 'ray'")
     plan, folder = read_sweep_file(file, overrides or ()), Path(sweep_dir)
-    threads = threads or (_cores() if executor == "ensemble" else 1)
-    workers = _workers(executor, workers, threads)
-    check(plan)
+    if threads is None:
+        threads = _cores() if executor == "ensemble" else 1
+    require_range("threads", threads, 1)
+    require_range("workers", 1 if workers is None else workers, 1)
+    here = workers or max(1, _cores() // threads)
+    check(plan, folder)
     if dry_run:
         print("\n".join(cell.name for cell in plan.cells()) or f"{plan.trials} trials of {', '.join(plan.search)}")
-        print(estimate(plan, workers))
+        print(estimate(plan, here))
         return 0
     options = Options(workers, retries, retry_failed, budget_minutes)
     total = sum(1 for _ in plan.cells()) or plan.trials
-    make = executor_maker(executor, workers, threads, timeout_minutes, address=address, gpus=gpus)
-    with Show(total, workers, plan.objective.get("metric")) as show:
+    make = executor_maker(executor, here, threads, timeout_minutes, address=address, gpus=gpus)
+    with Show(total, plan.objective.get("metric")) as show:
         driver = Driver(plan, folder, main, make, options, show)
         if executor == "ensemble":
-            driver.together, driver.groups = train_together, groups_of
+            driver.together, driver.groups = train_together, partial(groups_of, members=members)
         outcomes = driver.run()
     failed = [name for name, outcome in outcomes.items() if outcome.reason]
-    print(f"\n{len(outcomes) - len(failed)} of {total} cells complete, {len(failed)} failed: {folder / 'cells.csv'}")
+    print(f"\n{len(outcomes) - len(failed)} of {total} cells complete, {len(failed)} failed: {folder / CELLS}")
     for name in failed:
         print(f"failed: {name}: {outcomes[name].reason} ({folder / 'runs' / name / 'log.txt'})")
+    if driver.best:
+        print("best: " + ", ".join(f"{name} {value:.6g}" for name, value in driver.best.items()))
     _report(plan, folder)
     return 1 if failed else 0
 
@@ -125,9 +137,12 @@ def executor_maker(
     return lambda: Workers(workers, threads, seconds)
 
 
-def check(plan: Sweep) -> None:
-    """Build model and data of cells that have every value of every axis between them, so that a mistake is told at once."""
-    cells = list(plan.cells())
+def check(plan: Sweep, folder: Path) -> None:
+    """Build model and data of cells that have every value of every axis between them, so that a mistake is told at once.
+
+    Cells that were started before are not built again.
+    """
+    cells = [cell for cell in plan.cells() if not (folder / RUNS / cell.name).exists()]
     chosen: dict[str, Cell] = {}
     seen: set[tuple[str, Any]] = set()
     for cell in cells:
@@ -171,7 +186,8 @@ class CheckCLI(MetalearnCLI):
         return Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", callbacks=[])
 
     def _run_subcommand(self, subcommand: str) -> None:
-        pass
+        if isinstance(self.model, InContextLearning):
+            self.model.check(self.datamodule.tasks)
 
 
 class ProbeCLI(MetalearnCLI):
@@ -229,16 +245,6 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _workers(executor: str, asked: int | None, threads: int) -> int:
-    require_range("threads", threads, 1)
-    if asked is not None:
-        require_range("workers", asked, 1)
-        return asked
-    if executor == "ensemble":
-        return 1
-    return max(1, _cores() // threads)
 
 
 def _cores() -> int:

@@ -1,9 +1,10 @@
-"""From proposals to scores: known, screened, tuned, trained, each candidate at most once, ranks sharing the work."""
+"""From proposals to scores: known, screened, tuned, trained, each candidate at most once, ranks or processes sharing the work."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,17 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from metalearn.base import require_range
 from metalearn.losses.operators import OPERATORS
 from metalearn.problems.learned_loss import LossTask
 from metalearn.random import fold
 from metalearn.search.cache import Cache, settings_hash
-from metalearn.search.candidates import Candidate, Scored, gradients_of
-from metalearn.search.gradients import tabulated
+from metalearn.search.candidates import Candidate, Scored
 from metalearn.search.halving import survivors
 from metalearn.search.local import LocalSearch
 from metalearn.search.population import PopulationTraining
 from metalearn.search.screening import Screening, same_gradient
+from metalearn.search.work import Work
 
 UNTRAINED = ("dead", "not finite", "wrong sign", "rejected")  # verdicts of screening
 
@@ -31,7 +33,8 @@ class Evaluation:
 
     A score is a function of the canonical candidate, the settings and the key: equal candidates share it, wherever and
     whenever they are proposed (with convolutions to about 1e-8, as their rounding may depend on how many go together).
-    With ``world`` ranks, each tunes and trains its share of the candidates, and all know all scores.
+    With ``world`` ranks, each tunes and trains its share of the candidates, and all know all scores. With several ``shards``
+    the share is divided once more, and ``map`` is called with what is done to a shard and with the shards.
 
     Args:
         tasks: what candidates are trained on; all of one output. Weights are tuned on the first.
@@ -43,6 +46,11 @@ class Evaluation:
         precision: of the matrix products, as the Trainer's; scores are those of one precision.
         rank: of this process.
         world: processes that share the work.
+        map: what calls a picklable function of shards, as the builtin does, or ``mapped`` with an executor.
+        shards: that ``map`` is given at a time, at least 1.
+
+    Raises:
+        ValueError: for shards below 1, or several of them with halving, for which all candidates are compared on the way.
     """
 
     def __init__(
@@ -56,7 +64,15 @@ class Evaluation:
         rank: int = 0,
         world: int = 1,
         precision: str = "32-true",
+        map: Callable[..., Any] = map,
+        shards: int = 1,
     ):
+        require_range("shards", shards, 1)
+        if shards > 1 and training.halving:
+            raise ValueError(
+                f"halving is given with {shards} workers, which cannot compare candidates on the way; accepted: null"
+            )
+        self.map, self.shards = map, shards
         self.tasks, self.training, self.screening, self.local_search = list(tasks), training, screening, local_search
         self.key, self.rank, self.world = key, rank, world
         self.counts: dict[str, int] = {}
@@ -101,8 +117,8 @@ class Evaluation:
         unique = list(dict.fromkeys(canonical))
         verdicts, firsts = self._screened(unique)
         new = [one for one in unique if firsts[one] == one.name and one.name not in self.cache.known]
-        alive = self._protocol([one for one in new if one not in verdicts], verdicts)
-        found = self._reused(alive, self._tuned(alive))
+        alive, tuned = self._prepared([one for one in new if one not in verdicts], verdicts)
+        found = self._reused(alive, tuned)
         self.cache.add([Scored(one, verdict=verdicts[one]) if one in verdicts else found[one] for one in new])
         scores = [self.cache.known[firsts[one]] for one in canonical]
         self.counts = {
@@ -126,29 +142,23 @@ class Evaluation:
         verdicts = {one: verdict for one, verdict in zip(candidates, found.verdicts, strict=True) if verdict}
         return verdicts, dict(zip(candidates, found.names, strict=True))
 
-    def _protocol(self, candidates: list[Candidate], verdicts: dict[Candidate, str]) -> list[Candidate]:
-        """Those that the rejection protocol lets through; the others' verdicts are added."""
-        if self.screening is None or not candidates:
-            return candidates
-        gradients = gradients_of(candidates, self.task.output)
-        if not self.task.regression:  # a fraction of the cost; 0 of 64 verdicts differed
-            gradients = tabulated(gradients, self.key.device)
-        rejected = self.screening.rejected(self.task, gradients, fold(self.key, "init"))
-        verdicts |= {one: "rejected" for one, bad in zip(candidates, rejected, strict=True) if bad}
-        return [one for one in candidates if one not in verdicts]
-
-    def _tuned(self, candidates: list[Candidate]) -> list[Candidate]:
-        """The candidates with weights after local search, each rank's share tuned by it."""
-        if self.local_search is None or not candidates:
-            return candidates
-        share = candidates[self.rank :: self.world]
-        tuned = self.local_search.tune(self.task, share, fold(self.key, "local")) if share else []
-        lengths = [one.num_weights for one in candidates]
-        columns = self._gathered([list(weights) for weights in tuned], len(candidates), max(lengths))
-        return [
-            one._replace(weights=tuple(row[:length].tolist()))
-            for one, row, length in zip(candidates, columns, lengths, strict=True)
+    def _prepared(
+        self, candidates: list[Candidate], verdicts: dict[Candidate, str]
+    ) -> tuple[list[Candidate], list[Candidate]]:
+        """Those that the rejection protocol lets through, before and after local search; the others' verdicts are added."""
+        if not candidates:
+            return [], []
+        columns = self._columns(Work.prepare, candidates, 1 + max(one.num_weights for one in candidates))
+        verdicts |= {one: "rejected" for one, row in zip(candidates, columns, strict=True) if row[0]}
+        alive = [one for one in candidates if one not in verdicts]
+        if self.local_search is None:
+            return alive, alive
+        weights = columns[columns[:, 0] == 0, 1:]
+        tuned = [
+            one._replace(weights=tuple(row[: one.num_weights].tolist()))
+            for one, row in zip(alive, weights, strict=True)
         ]
+        return alive, tuned
 
     def _reused(self, candidates: list[Candidate], tuned: list[Candidate]) -> dict[Candidate, Scored]:
         """Scores; those whose gradient after tuning is that of an earlier one take over its errors."""
@@ -168,23 +178,30 @@ class Evaluation:
         return found
 
     def _trained(self, candidates: list[Candidate]) -> list[Scored]:
-        """Errors on validation examples of every task, each rank's share trained by it."""
+        """Errors on validation examples of every task."""
         if not candidates:
             return []
-        share, columns = candidates[self.rank :: self.world], []
-        for number, task in enumerate(self.tasks):
+        columns = []
+        for number in range(len(self.tasks)):
             together = _SharedChoice(self, len(candidates))
-            if share:
-                gradients = gradients_of(share, self.task.output)
-                trained = self.training.train(task, gradients, fold(self.key, "train", number), choose=together)
-                error_P = self.training.errors(task, trained, "validation").double()
-                columns.append(
-                    torch.where((trained.steps_P < self.training.steps) & trained.finite_P, torch.nan, error_P)
-                )
+            choose = together if self.training.halving else survivors
+            work = functools.partial(Work.train, number=number, choose=choose)
+            columns.append(self._columns(work, candidates, 1))
             together.finish()
-        shares = torch.stack(columns, 1).tolist() if columns else []
-        errors = self._gathered(shares, len(candidates), len(self.tasks))
+        errors = torch.cat(columns, 1)
         return [_scored(one, row.tolist()) for one, row in zip(candidates, errors, strict=True)]
+
+    def _columns(
+        self, function: Callable[[Work, list[Candidate]], list[list[float]]], candidates: list[Candidate], width: int
+    ) -> Tensor:
+        """What ``function`` makes of each candidate, (count, width), from every shard of every rank's share of them."""
+        work = Work(self.tasks, self.training, self.screening, self.local_search, self.key)
+        work = work if self.shards == 1 else work.portable()
+        share = candidates[self.rank :: self.world]
+        shards = [share[first :: self.shards] for first in range(min(self.shards, len(share)))]
+        found = list(self.map(functools.partial(function, work), shards))
+        rows = [found[place % len(shards)][place // len(shards)] for place in range(len(share))]
+        return self._gathered(rows, len(candidates), width)
 
     def _gathered(self, rows: list[list[float]], count: int, width: int) -> Tensor:
         """All ranks' rows (count, width), float64, in the order of the candidates; short rows are filled up with 0."""

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Executor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from metalearn.executors import Died
 from metalearn.files import locked, write_whole
 from metalearn.sweep.grid import Cell, Sweep
 from metalearn.sweep.study import Study, Task
-from metalearn.sweep.work import FAILURE, Main, Outcome, failed, recalled, run_cell
+from metalearn.sweep.work import FAILURE, RESULT, Main, Outcome, failed, recalled, run_cell
 
 SWEEP, CELLS, RUNS = "sweep.json", "cells.csv", "runs"
 POLL_SECONDS = 0.05
@@ -25,6 +25,7 @@ DOOMED = 3  # runs that all broke down before any was complete: the sweep is sto
 class Reporter(Protocol):
     """Who is told what happens."""
 
+    def recalled(self, complete: int, failed: int) -> None: ...
     def started(self, cell: Cell) -> None: ...
     def ended(self, cell: Cell, outcome: Outcome) -> None: ...
 
@@ -33,7 +34,7 @@ class Reporter(Protocol):
 class Options:
     """How a sweep is run. See ``metalearn sweep --help``."""
 
-    workers: int = 1
+    workers: int | None = None  # runs at a time; by default what the executor has room for
     retries: int = 2
     retry_failed: bool = False
     budget_minutes: float | None = None
@@ -63,8 +64,8 @@ class Driver:
         make_executor: where: anything with ``submit`` and futures with ``done`` and ``result``; called again for one that broke.
         options: how.
         reporter: told of every start and end.
-        together: trains several cells as one, instead of one cell at a time: called in a worker with ``main``, the
-            cells' configs and their folders, for their outcomes.
+        together: trains several cells as one, instead of one cell at a time: called in a worker with the cells' configs
+            and their folders, for their outcomes.
         groups: divides cells into those that ``together`` can take at once.
 
     Raises:
@@ -77,52 +78,69 @@ class Driver:
     make_executor: Callable[[], Executor]
     options: Options
     reporter: Reporter
-    together: Callable[[Main, Sequence[dict[str, Any]], Sequence[str]], list[Outcome]] | None = None
+    together: Callable[[Sequence[dict[str, Any]], Sequence[str]], list[Outcome]] | None = None
     groups: Callable[[Sequence[Cell]], list[list[int]]] | None = None
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder).resolve()  # workers may stand elsewhere
+        self.best: dict[str, Any] | None = None
 
     def run(self) -> dict[str, Outcome]:
         """Run what is left. Returns: outcomes by name of the cell, those of earlier starts among them."""
         refusal = f"another process sweeps in {self.folder}; accepted: wait for it, or choose another --sweep_dir"
         with locked(self.folder, refusal):
             self._claim()
-            study = Study(self.sweep, self.folder, self.options.retry_failed)
+            study = Study(self.sweep, self.folder, self._forgotten)
             self._recall(study)
             self._write_table(study)
             self.executor = self.make_executor()
             try:
                 self._loop(study)
             except BaseException:
-                self.executor.shutdown(cancel_futures=True)
+                _shut_down(self.executor, cancel=True)
                 raise
-            self.executor.shutdown()
+            _shut_down(self.executor)
             self._write_table(study)
+            self.best = study.best() if self.sweep.search else None
         return self.outcomes
 
     def _claim(self) -> None:
         """The folder is this sweep's: refuse one that was made of another config."""
         path = self.folder / SWEEP
-        text = json.dumps(self.sweep.base, indent=1, sort_keys=True, default=str)
+        made_of = self.sweep.base
+        if self.sweep.search:
+            search = {name: asdict(given) for name, given in self.sweep.search.items()}
+            made_of = {"base": made_of, "search": search, "objective": self.sweep.objective}
+        text = json.dumps(made_of, indent=1, sort_keys=True, default=str)
         if path.is_file() and path.read_text() != text:
             raise ValueError(
-                f"{self.folder} holds a sweep of another config (see {path}); accepted: the same config and --set, "
-                "with more values on its axes if need be, or another --sweep_dir"
+                f"{self.folder} holds a sweep of another config (see {path}); accepted: the same config, --set, search "
+                "and objective, with more values on the axes of a grid if need be, or another --sweep_dir"
             )
         write_whole(path, text)
+
+    def _forgotten(self, name: str) -> bool:
+        """Whether a cell that has ended is to be run again: its folder is gone, or it failed and that is what was asked for."""
+        outcome = recalled(self.folder / RUNS / name)
+        return outcome is None or (self.options.retry_failed and outcome.result is None)
 
     def _recall(self, study: Study) -> None:
         """What earlier starts wrote down."""
         for cell, state in study.cells():
-            folder = self.folder / RUNS / cell.name
-            if state in ("complete", "failed"):
-                self.outcomes[cell.name] = recalled(folder)
+            outcome = recalled(self.folder / RUNS / cell.name) if state in ("complete", "failed") else None
+            if outcome is not None:
+                self.outcomes[cell.name] = outcome
+        lost = sum(outcome.reason is not None for outcome in self.outcomes.values())
+        self.reporter.recalled(len(self.outcomes) - lost, lost)
 
     def _loop(self, study: Study) -> None:
-        deadline = time.monotonic() + 60 * (self.options.budget_minutes or float("inf"))
+        budget, workers = self.options.budget_minutes, self.options.workers or getattr(self.executor, "capacity", 1)
+        deadline = float("inf") if budget is None else time.monotonic() + 60 * budget
         waiting: collections.deque[Unit] = collections.deque()
         running: list[Unit] = []
         while True:
-            while len(running) < self.options.workers and time.monotonic() < deadline:
+            while len(running) < workers and time.monotonic() < deadline:
                 if not waiting:
                     waiting.extend(self._units(study))
                 if not waiting:
@@ -159,7 +177,7 @@ class Driver:
             unit.future = self.executor.submit(run_cell, self.main, unit.tasks[0].cell.config, folders[0])
         else:
             configs = [task.cell.config for task in unit.tasks]
-            unit.future = self.executor.submit(self.together, self.main, configs, folders)
+            unit.future = self.executor.submit(self.together, configs, folders)
         return unit
 
     def _outcomes(self, unit: Unit) -> list[Outcome]:
@@ -171,18 +189,21 @@ class Driver:
             found = unit.future.result()
             return found if self.together is not None else [found]
         except TimeoutError:
-            return [failed(folder, "took longer than the timeout") for folder in folders]
+            reason, final = "took longer than the timeout", True
         except (Died, BrokenExecutor) as error:
             if isinstance(error, BrokenExecutor) and unit.executor is self.executor:
-                self.executor.shutdown(cancel_futures=True)
+                _shut_down(self.executor, cancel=True)
                 self.executor = self.make_executor()
-            reason = f"its process died ({error}) {unit.attempts} times"
-            return [failed(folder, reason, final=False) for folder in folders]
+            reason, final = f"its process died ({error}) {unit.attempts} times", False
+        except Exception as error:  # of the worker outside the run, or of the executor: a full disk, a lost connection
+            reason, final = f"{type(error).__name__}: {error}, {unit.attempts} times", False
+        finished = [recalled(folder) if (folder / RESULT).is_file() else None for folder in folders]
+        return [outcome or failed(folder, reason, final) for outcome, folder in zip(finished, folders, strict=True)]
 
     def _settle(self, study: Study, unit: Unit, outcomes: Sequence[Outcome]) -> None:
         for task, outcome in zip(unit.tasks, outcomes, strict=True):
             self.outcomes[task.cell.name] = outcome
-            study.tell(task.number, outcome)
+            study.tell(task.cell, outcome)
             self.reporter.ended(task.cell, outcome)
         self._write_table(study)
         known = list(self.outcomes.values())
@@ -211,3 +232,9 @@ class Driver:
         table.writeheader()
         table.writerows(rows)
         write_whole(self.folder / CELLS, text.getvalue())
+
+
+def _shut_down(executor: Executor, cancel: bool = False) -> None:
+    """End an executor, if it is of a kind that can be ended; submitit's, whose jobs are the cluster's, is not."""
+    if hasattr(executor, "shutdown"):
+        executor.shutdown(cancel_futures=cancel)

@@ -182,6 +182,10 @@ def _check(sweep: Sweep) -> None:
             raise ValueError(
                 f"report has {key}: {axis}; accepted: x, and y if need be, of {', '.join(sorted(columns))}"
             )
+    steps = sweep.axes.get(sweep.report.get("x", ""), {})
+    wrong = [value for value in steps if value is not None and not (isinstance(value, int | float) and value > 0)]
+    if wrong:
+        raise ValueError(f"report has x: {sweep.report['x']}, with {wrong[0]!r}; accepted: numbers above 0, or null")
 
 
 def _put(config: dict[str, Any], path: str, value: Any) -> None:

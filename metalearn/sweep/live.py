@@ -1,6 +1,5 @@
 """What a sweep shows while it runs: a table that is kept up to date in a terminal, a line per cell elsewhere."""
 
-import statistics
 import time
 
 from rich.console import Console
@@ -18,17 +17,16 @@ class Show:
 
     Args:
         total: cells of the sweep.
-        workers: that share them.
         metric: of a result, shown with every cell that is done.
         console: where to; standard output by default.
     """
 
-    def __init__(self, total: int, workers: int, metric: str | None = None, console: Console | None = None):
-        self.total, self.workers, self.metric = total, workers, metric
+    def __init__(self, total: int, metric: str | None = None, console: Console | None = None):
+        self.total, self.metric = total, metric
         self.console = console or Console(soft_wrap=True)
         self.begun: dict[str, float] = {}
-        self.seconds: list[float] = []
-        self.done = self.failed = 0
+        self.first: float | None = None  # when the first cell of this start began
+        self.done = self.failed = self.earlier = 0
         self._live = Live(console=self.console, refresh_per_second=2, get_renderable=self.table)
 
     def __enter__(self) -> "Show":
@@ -39,17 +37,18 @@ class Show:
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
-    def recalled(self, done: int, failed: int) -> None:
+    def recalled(self, complete: int, failed: int) -> None:
         """Cells of earlier starts."""
-        self.done, self.failed = done, failed
+        self.done, self.failed, self.earlier = complete, failed, complete + failed
 
     def started(self, cell: Cell) -> None:
         """A worker was given the cell."""
         self.begun[cell.name] = time.monotonic()
+        self.first = self.begun[cell.name] if self.first is None else self.first
 
     def ended(self, cell: Cell, outcome: Outcome) -> None:
         """The cell is complete, or has failed for good."""
-        self.seconds.append(time.monotonic() - self.begun.pop(cell.name))
+        seconds = time.monotonic() - self.begun.pop(cell.name)
         ok = outcome.reason is None
         self.done, self.failed = self.done + ok, self.failed + (not ok)
         if not ok:
@@ -57,7 +56,7 @@ class Show:
         elif not self.console.is_terminal:
             value = outcome.metrics.get(self.metric) if self.metric else None
             shown = "" if value is None else f" {self.metric} {value:.4g}"
-            line = f"{self.done + self.failed}/{self.total} {_place(cell)}: {self.seconds[-1]:.0f} s{shown}{self._remaining()}"
+            line = f"{self.done + self.failed}/{self.total} {_place(cell)}: {seconds:.0f} s{shown}{self._remaining()}"
             self.console.print(line, highlight=False)
 
     def table(self) -> Table:
@@ -73,10 +72,11 @@ class Show:
         return table
 
     def _remaining(self) -> str:
-        left = self.total - self.done - self.failed
-        if not self.seconds or not left:
+        """The time left at the pace of this start."""
+        left, ended = self.total - self.done - self.failed, self.done + self.failed - self.earlier
+        if self.first is None or not ended or left <= 0:
             return ""
-        return f", about {statistics.mean(self.seconds) * left / self.workers / 60:.1f} minutes left"
+        return f", about {(time.monotonic() - self.first) / ended * left / 60:.1f} minutes left"
 
 
 def _place(cell: Cell) -> str:

@@ -40,8 +40,8 @@ def run_cell(main: Main, config: dict[str, Any], run_dir: str) -> Outcome:
     """
     folder = Path(run_dir)
     with locked(folder, "", wait=True):
-        if (folder / RESULT).is_file():
-            return judge(folder)
+        if (outcome := recalled(folder)) is not None and outcome.result is not None:
+            return outcome
         write_whole(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
     command = ["fit", "-c", str(folder / CONFIG), "--run_dir", str(folder), "--ckpt_path", "last"]
     command += ["--trainer.enable_progress_bar", "false"]
@@ -53,34 +53,40 @@ def run_cell(main: Main, config: dict[str, Any], run_dir: str) -> Outcome:
             code = 1
     if code:
         return failed(folder, "wrong settings" if code == 2 else "crashed")
-    return judge(folder)
+    return recalled(folder) or failed(folder, "ended without a result")
 
 
-def judge(folder: Path) -> Outcome:
-    """The outcome of a run that ended by itself: a failure where its training loss is not a finite number."""
-    if not (folder / RESULT).is_file():
-        return failed(folder, "ended without a result")
-    result = json.loads((folder / RESULT).read_text())
-    lost = [name for name, value in result["metrics"].items() if value is None or not math.isfinite(value)]
-    if lost:
-        return Outcome(result, f"not finite: {', '.join(sorted(lost))}")
-    return Outcome(result)
+def recalled(folder: Path) -> Outcome | None:
+    """The outcome of a run that has ended, as its folder tells it; None for one that has not.
 
-
-def recalled(folder: Path) -> Outcome:
-    """The outcome of a run that ended earlier, as its folder tells it."""
-    if (folder / FAILURE).is_file():
-        record = json.loads((folder / FAILURE).read_text())
+    A run whose result has a number that is not finite has failed: it diverged, and would again.
+    """
+    if (result := _read(folder / RESULT)) is not None:
+        lost = [name for name, value in result["metrics"].items() if value is None or not math.isfinite(value)]
+        if not lost:
+            return Outcome(result)
+        reason = f"not finite: {', '.join(sorted(lost))}"
+        failed(folder, reason)
+        return Outcome(result, reason)
+    if (record := _read(folder / FAILURE)) is not None:
         return Outcome(None, record["reason"], record["final"])
-    return judge(folder) if (folder / RESULT).is_file() else Outcome(None, "its folder is gone")
+    return None
 
 
 def failed(folder: Path, reason: str, final: bool = True) -> Outcome:
-    """Write down why a run has no result, with the end of its log."""
+    """Write down why a run has no result that counts, with the end of its log."""
     log = folder / LOG
     tail = log.read_text(errors="replace").splitlines()[-TAIL:] if log.is_file() else []
     write_whole(folder / FAILURE, json.dumps({"reason": reason, "final": final, "log": tail}, indent=1))
     return Outcome(None, reason, final)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON file; None where there is none, or one that a full disk or a failing machine left unreadable."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 @contextlib.contextmanager

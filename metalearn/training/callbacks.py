@@ -4,6 +4,7 @@
 # (The Trainer sets many of its attributes where no type checker sees them, and re-exports names without saying so.)
 
 import math
+import os
 import resource
 import sys
 import time
@@ -41,6 +42,9 @@ class RunCheckpoint(ModelCheckpoint):
         partial = f"{filepath}.partial"
         super()._save_checkpoint(trainer, partial)
         if trainer.is_global_zero:
+            if Path(partial).is_file():  # a folder, where it is sharded
+                with open(partial, "rb") as file:
+                    os.fsync(file.fileno())
             Path(partial).replace(filepath)
         self._last_checkpoint_saved = filepath
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 
-from metalearn.base import Batch, Learner, require_choice, require_range
+from metalearn.base import Batch, Learner, TaskDistribution, require_choice, require_range
 from metalearn.models.saving import CARD, describe
 from metalearn.models.tokens import FORMATS, Tokens
 from metalearn.training.callbacks import Cost, StudyCheckpoints
@@ -96,6 +96,12 @@ class InContextLearning(LightningModule):
         self.learner = self.build_learner(self.tokens.width, tasks.num_classes)
         # In a dictionary of its own: a compiled module must not become a submodule a second time.
         self.__dict__["_run"] = torch.compile(self.learner) if self.compile_learner else self.learner
+
+    def check(self, tasks: TaskDistribution) -> None:
+        """Build learner and optimizer for these tasks, without memory for either. ``ValueError`` where they refuse."""
+        tokens = Tokens(self.format, tasks.num_features, tasks.num_classes)
+        with torch.device("meta"):
+            self.build_optimizer(self.build_learner(tokens.width, tasks.num_classes).named_parameters())
 
     def configure_optimizers(self) -> Any:
         assert self.learner is not None

@@ -3,6 +3,7 @@
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 # (The Trainer sets many of its attributes where no type checker sees them, and re-exports names without saying so.)
 
+import functools
 import json
 import math
 import statistics
@@ -28,6 +29,7 @@ from metalearn.search.finalists import Rescoring, Tuning
 from metalearn.search.hall_of_fame import HallOfFame
 from metalearn.search.local import LocalSearch
 from metalearn.search.population import PopulationTraining
+from metalearn.search.processes import by_processes, require_alone
 from metalearn.search.screening import Screening
 from metalearn.training.callbacks import Cost
 from metalearn.training.meta_gradient import Evaluated
@@ -56,9 +58,12 @@ class LossSearch(Evaluated):
         rescoring: of the finalists at the end.
         tasks: further tasks, whose errors count as much as the first's; weights are tuned on the first alone.
         hall_of_fame: losses that are kept, at least 1.
+        workers: processes that a generation's candidates are divided among, at least 1, which is this one; scores are
+            the same bit by bit, but for convolutions and numbers of threads, whose rounding may differ.
 
     Raises:
-        ValueError: for values out of range, tasks with different outputs, or a checkpoint of another search.
+        ValueError: for values out of range, tasks with different outputs, a checkpoint of another search, or several workers
+            together with several ranks, a GPU or halving.
 
     Source: Raymond et al. 2023, "Learning Symbolic Model-Agnostic Loss Functions via Meta-Learning", algorithms 1-3.
     Differs from the paper: screening comes before local search; duplicates are found by their gradients; there is an
@@ -77,9 +82,12 @@ class LossSearch(Evaluated):
         rescoring: Rescoring | None = None,
         tasks: list[LossTask] | None = None,
         hall_of_fame: int = 20,
+        workers: int = 1,
     ):
         super().__init__()
         require_range("hall_of_fame", hall_of_fame, 1)
+        require_range("workers", workers, 1)
+        self.workers = workers
         self.tasks = [task, *(tasks or [])]
         self.strategy, self.fitness, self.screening = strategy, fitness, screening
         self.local_search, self.tuning = local_search, tuning
@@ -132,6 +140,8 @@ class LossSearch(Evaluated):
                 f"trainer.strategy is {type(self.trainer.strategy).__name__}, which shards parameters; accepted: one "
                 "device, or ddp"
             )
+        if stage == "fit":
+            require_alone(self.workers, self.trainer.world_size, self.trainer.strategy.root_device)
         if stage == "fit" and self.trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}; accepted: 1, a generation "
@@ -143,16 +153,16 @@ class LossSearch(Evaluated):
         warnings.filterwarnings("ignore", message="`LightningModule.configure_optimizers` returned `None`")
 
     def on_fit_start(self) -> None:
+        threads = max(1, torch.get_num_threads() // self.workers)
         self.evaluation = Evaluation(
-            self.tasks,
-            self.fitness,
-            self.screening,
-            self.local_search,
+            *(self.tasks, self.fitness, self.screening, self.local_search),
             self.key("evaluation"),
             self.run_dir / CACHE,
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
             precision=self.trainer.precision,
+            map=map if self.workers == 1 else functools.partial(by_processes, self.workers, threads),
+            shards=self.workers,
         )
         if self._saved_scores is not None:
             self.evaluation.load_state(self._saved_scores)
@@ -378,11 +388,6 @@ class LossSearch(Evaluated):
             "division": [record["division"] for record in records],
             "settings of strategy, tuning or rescoring": self.settings,
             "settings of the evaluation": evaluation_settings(
-                self.tasks,
-                self.fitness,
-                self.screening,
-                self.local_search,
-                random.key(0),
-                self.trainer.precision,
+                self.tasks, self.fitness, self.screening, self.local_search, random.key(0), self.trainer.precision
             ),
         }

@@ -65,7 +65,7 @@ def test_phases_find_the_planted_edges(plant, monkeypatch, capsys):
     )
     monkeypatch.setattr(gpicl_phases, "load_learner", lambda path: (None, {"num_classes": 5}, {}))
     gpicl_phases.main(["--sweep_dir", str(folder), "--mlp", "--workers", "2"])
-    table = read(folder / "critical.csv").set_index(["metric", "width"])
+    table = read(folder / "critical.csv").set_index(["stream", "width"])
     for width, edge in edges.items():
         for stream in ("unseen_held_out", "unseen_classes"):
             row = table.loc[(stream, width)]

@@ -1,7 +1,9 @@
 """The pipeline from proposals to scores: each candidate once, the same in any company, on any day."""
 
 import copy
+import functools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from metalearn.search.evaluation import Evaluation, evaluation_settings
 from metalearn.search.halving import Halving
 from metalearn.search.local import LocalSearch
 from metalearn.search.population import PopulationTraining
+from metalearn.search.processes import mapped
 from metalearn.search.screening import Screening
 from metalearn.tasks.sources import ImageSource
 
@@ -39,11 +42,11 @@ def task():
 
 @pytest.fixture
 def make(task):
-    def make(cache=None, steps=12, local=3, halving=None, tasks=1, seed=0):
+    def make(cache=None, steps=12, local=3, halving=None, tasks=1, seed=0, **divided):
         screening, search = Screening(rejection_steps=30, rejection_examples=30), LocalSearch(local, lr=0.01)
         training = PopulationTraining(steps, halving=halving)
         key = random.key(seed, "test")
-        return Evaluation([task] * tasks, training, screening, search if local else None, key, cache)
+        return Evaluation([task] * tasks, training, screening, search if local else None, key, cache, **divided)
 
     return make
 
@@ -77,6 +80,24 @@ def test_scores_do_not_depend_on_company_or_order(make):
     for text in reversed(texts):
         (alone,) = make().score(candidates(text))
         assert alone == together[text]
+
+
+@pytest.mark.parametrize("options", [{}, {"local": 0, "tasks": 2}])
+def test_matches_one_process_bit_by_bit_when_shards_are_pickled(make, options):
+    texts = (CROSS_ENTROPY, DEAD, SQUARE, ABSOLUTE, "div(sub(y,p),p)", "tanh(abs(sub(p,y)))", "mul(p,add(y,-1))")
+    whole = make(**options)
+    with ThreadPoolExecutor(1) as executor:
+        divided = make(map=functools.partial(mapped, executor), shards=3, **options)
+        assert divided.score(candidates(*texts)) == whole.score(candidates(*texts))
+        (late,) = candidates("square(square(sub(y,p)))")  # fewer candidates than shards
+        assert divided.score([late]) == whole.score([late])
+    assert divided.counts == whole.counts and divided.state() == whole.state()
+    assert whole.counts["trained"] == 1 and len({one.error for one in whole.cache.known.values()}) > 3
+
+
+def test_halving_is_refused_with_several_shards(make):
+    with pytest.raises(ValueError, match="halving is given with 2 workers"):
+        make(halving=Halving((4,), 0.4), shards=2)
 
 
 def test_the_file_spares_training_and_survives_a_torn_line(make, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from scipy import stats
 
 from metalearn import random
 from metalearn.base import Examples, MetaTest, MetaTrain, MetaValidation, Source
-from metalearn.tasks.images import ProjectedImages
+from metalearn.tasks.images import ProjectedImages, StackedImages
 from metalearn.tasks.sources import ImageSource, TableSource
 from metalearn.tasks.synthetic import RandomSource
 
@@ -242,6 +242,44 @@ def test_a_class_curriculum_refuses_more_examples_than_its_classes_have():
         tasks.batch(0, 0, 3, 41, MetaTrain())
 
 
+@pytest.mark.parametrize(
+    ("sizes", "settings"),
+    [
+        ((None, 8, 2**31, 1), {}),
+        ((None, None), {"bias_fraction": 0.5, "rank": 3}),
+        ((16, 9), {"bias_fraction": 0.5, "task_curriculum": {2: 4}, "class_curriculum": {2: 2}}),
+        ((None, 16), {"source": RandomSource(5, P, K), "num_features": 500}),
+    ],
+)
+def test_stacked_distributions_match_each_ones_own_batches_bit_by_bit(sizes, settings):
+    each = [distribution(num_tasks=size, seed=3 * seed - 1, **settings) for seed, size in enumerate(sizes)]
+    stacked = StackedImages(each)
+    for step, first in ((0, 0), (1, 7), (5, 0)):  # 12 at once, whichever they are of a step
+        x_MBTD, y_MBT = stacked.batch(step, first, 12, 9)
+        for m, own in enumerate(each):
+            batch = own.batch(step, first, 12, 9, MetaTrain())
+            assert torch.equal(x_MBTD[m], batch.x) and torch.equal(y_MBT[m], batch.y)
+            assert m == 0 or not torch.equal(y_MBT[m], y_MBT[0])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"num_features": 7},
+        {"bias_fraction": 0.1},
+        {"rank": 4},
+        {"class_curriculum": {1: 2}},
+        {"source": RandomSource()},
+    ],
+)
+def test_distributions_that_differ_in_more_than_seed_and_size_are_not_stacked(other):
+    pair = [distribution(), distribution(**other)]
+    assert StackedImages.accepts([pair[0], distribution(seed=1, num_tasks=9, others={"more": Told()})])
+    assert not StackedImages.accepts(pair)
+    with pytest.raises(ValueError, match="differ in seed and num_tasks alone"):
+        StackedImages(pair)
+
+
 def test_embeddings_in_an_npz_file_match_a_dense_projection_of_them(tmp_path):
     generator = np.random.default_rng(0)
     rows_NP, labels_N = generator.normal(3.0, 2.0, (60, P)).astype(np.float32), np.arange(60) % 3
@@ -337,6 +375,14 @@ def test_refuses_sequences_longer_than_the_data_and_unknown_streams():
 def test_is_the_same_on_the_gpu():
     tasks = distribution(num_tasks=64)
     here, there = (tasks.batch(2, 0, 8, 9, MetaTrain(), device) for device in ("cpu", "cuda"))
+    assert torch.equal(here.y, there.y.cpu())
+    torch.testing.assert_close(here.x, there.x.cpu(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_stacked_distributions_are_the_same_on_the_gpu():
+    stacked = StackedImages([distribution(num_tasks=size, seed=seed) for seed, size in enumerate((None, 8, 64))])
+    here, there = (stacked.batch(2, 0, 8, 9, device) for device in ("cpu", "cuda"))
     assert torch.equal(here.y, there.y.cpu())
     torch.testing.assert_close(here.x, there.x.cpu(), rtol=1e-3, atol=1e-4)
 

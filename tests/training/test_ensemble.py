@@ -60,11 +60,12 @@ def two_groups(named, lr):
     return torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=lr)
 
 
-def make_member(run_dir, seed=0, num_tasks=None, lr=3e-3, length=LENGTH, size=4, every=50, **model):
+def make_member(run_dir, seed=0, num_tasks=None, lr=3e-3, length=LENGTH, size=4, every=50, data=0, **model):
     learner = functools.partial(Transformer, width=16, depth=1, heads=HEADS, head_width=8)
     optimizer = functools.partial(model.pop("optimizer", torch.optim.Adam), lr=lr)
     options = {"learner": learner, "tokens": "shift", "checkpoint_steps": "log"} | model
-    tasks = ProjectedImages(RandomSource(num_features=6, num_classes=CLASSES), 4, num_tasks=num_tasks, seed=seed)
+    source = RandomSource(num_features=6, num_classes=CLASSES, seed=data)
+    tasks = ProjectedImages(source, 4, num_tasks=num_tasks, seed=seed)
     return Member(
         InContextLearning(optimizer=optimizer, **options),
         TaskBatches(tasks, length, size, evaluation_sequences=5, evaluation_batch_size=4),
@@ -166,23 +167,29 @@ def recorded(member):
 def test_matches_every_members_own_run_and_what_it_would_go_on_to(tmp_path):
     together, alone = ([recorded(member) for member in make_members(tmp_path / name)] for name in ("together", "alone"))
     results = fit_together(together, SETTINGS | {"max_steps": 100}, tmp_path / "ensemble", 50)
-    for ours, theirs, result in zip(together, alone, results, strict=True):
+    for ours, theirs, result in list(zip(together, alone, results, strict=True))[1:]:
         trainer = fit_alone(theirs, **SETTINGS, max_steps=100)
         assert_same_run(ours, theirs)
         expected = {name: float(value) for name, value in trainer.callback_metrics.items()} | theirs.model.sizes
         assert result == {"global_step": 100, "metrics": pytest.approx(expected, abs=1e-4)}
     assert (tmp_path / "together/2/logs/version_0/config.yaml").read_text() == "seed: 2"
     for name in ("together", "alone"):
-        member = make_members(tmp_path / name)[-1]
+        member = make_members(tmp_path / name)[2]
         fit_alone(member, ckpt_path=member.run_dir / LAST, **SETTINGS, max_steps=105)
     assert_alike(*(weights(tmp_path / name / "2") for name in ("together", "alone")), tolerance=1e-4)
 
 
-@pytest.mark.parametrize("algorithm", ["norm", "value"])
-def test_matches_own_runs_with_parameter_groups_clipping_and_accumulation(tmp_path, algorithm):
+@pytest.mark.parametrize(("algorithm", "data"), [("norm", (0, 0)), ("value", (0, 1))])
+def test_matches_own_runs_with_parameter_groups_clipping_accumulation_and_other_data(tmp_path, algorithm, data):
     clipping = {"gradient_clip_val": 0.05, "gradient_clip_algorithm": algorithm}  # the norms are about 1 here
     settings = SETTINGS | clipping | {"max_steps": 6, "accumulate_grad_batches": 2, "log_every_n_steps": 2}
-    together, alone = (make_members(tmp_path / name, optimizer=two_groups)[1:] for name in ("together", "alone"))
+    together, alone = (
+        [
+            make_member(tmp_path / name / str(seed), seed, tasks, lr, data=own, optimizer=two_groups)
+            for seed, tasks, lr, own in zip(range(2), (None, 64), (3e-3, 1e-2), data, strict=True)
+        ]
+        for name in ("together", "alone")
+    )
     fit_together(together, settings, tmp_path / "ensemble")
     for ours, theirs in zip(together, alone, strict=True):
         fit_alone(theirs, **settings)
@@ -234,6 +241,16 @@ def test_refuses_by_name_what_cannot_be_stacked(tmp_path, options, message):
     pair = [make_member(tmp_path / "a"), make_member(tmp_path / "b", **options)]
     with pytest.raises(ValueError, match=message):
         fit_together(pair, SETTINGS, tmp_path)
+
+
+def test_members_share_what_they_read(tmp_path, monkeypatch):
+    reads, read = [], RandomSource.read
+    monkeypatch.setattr(
+        RandomSource, "read", lambda source, part: (reads.append((source.seed, part)), read(source, part))[1]
+    )
+    members = [make_member(tmp_path / str(number), number, data=data) for number, data in enumerate((0, 0, 1, 0))]
+    fit_together(members, SETTINGS | {"max_steps": 1, "limit_val_batches": 0}, tmp_path / "ensemble")
+    assert reads.count((0, "validation")) == reads.count((1, "validation")) == 1
 
 
 def test_accepts_what_differs_in_data_rates_and_schedules(tmp_path):
