@@ -7,6 +7,7 @@ Sweeps, and DEAP's ``toolbox.map``, ask for nothing but ``submit(function, *argu
 import contextlib
 import importlib.util
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import select
 import signal
@@ -47,14 +48,12 @@ class Workers(Executor):
         require_range("threads", threads, 1)
         _require_timeout(timeout_seconds)
         self.capacity, self.threads, self.timeout_seconds = workers, threads, timeout_seconds
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, preload])
-        arguments = (os.getpid(), threads)
+        context, arguments = multiprocessing.get_context("forkserver"), (os.getpid(), threads)
+        start_importing(threads, preload)
         self._pool = ProcessPool(workers, max_tasks=1, initializer=_begin, initargs=arguments, context=context)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
-        with passive_threads(self.threads):  # the first piece of work starts the processes
-            return self._pool.schedule(fn, args, kwargs, timeout=self.timeout_seconds)
+        return self._pool.schedule(fn, args, kwargs, timeout=self.timeout_seconds)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Wait for what was submitted, or with ``cancel_futures`` kill it."""
@@ -130,6 +129,13 @@ class RayWorkers(Executor):
             future.set_exception(Died(str(error)))
         except Exception as error:
             future.set_exception(error)
+
+
+def start_importing(threads: int = 1, preload: str = "metalearn.cli") -> None:
+    """Start the process from which workers are forked, which takes seconds to import everything, if it does not run yet."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, preload])
+    with passive_threads(threads):
+        multiprocessing.forkserver.ensure_running()
 
 
 @contextlib.contextmanager

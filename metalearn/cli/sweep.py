@@ -23,7 +23,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from metalearn.base import require_choice, require_range
 from metalearn.cli.ensemble import groups_of, train_together
 from metalearn.cli.run import MetalearnCLI, one_line, run_lightning
-from metalearn.executors import RayWorkers, Workers
+from metalearn.executors import RayWorkers, Workers, start_importing
 from metalearn.sweep.driver import CELLS, RUNS, Driver, Options
 from metalearn.sweep.grid import Cell, Sweep, read_sweep_file
 from metalearn.sweep.live import Show
@@ -104,6 +104,8 @@ def run_sweep(
     require_range("threads", threads, 1)
     require_range("workers", 1 if workers is None else workers, 1)
     here = workers or max(1, _cores() // threads)
+    if executor != "ray" and not dry_run:
+        start_importing(threads)
     check(plan, folder)
     if dry_run:
         print("\n".join(cell.name for cell in plan.cells()) or f"{plan.trials} trials of {', '.join(plan.search)}")
@@ -257,4 +259,7 @@ def _report(plan: Sweep, folder: Path) -> None:
     if plan.report and any((folder / RUNS).glob(f"*/{RESULT}")):
         from metalearn.analysis.phases import report
 
-        print(report(folder, plan.report["x"], plan.report.get("y")))
+        try:
+            print(report(folder, plan.report["x"], plan.report.get("y")))
+        except ValueError as error:
+            print(f"no figure: {error}")

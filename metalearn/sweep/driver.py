@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from metalearn.executors import Died
 from metalearn.files import locked, write_whole
-from metalearn.sweep.grid import Cell, Sweep
+from metalearn.sweep.grid import COLUMN, SEED, Cell, Sweep
 from metalearn.sweep.study import Study, Task
 from metalearn.sweep.work import FAILURE, RESULT, Main, Outcome, failed, recalled, run_cell
 
@@ -215,11 +215,12 @@ class Driver:
 
     def _write_table(self, study: Study) -> None:
         """``cells.csv``: a row per cell with its axes, what became of it and its metrics."""
-        rows, axes, metrics = [], {}, set()
+        rows, axes, metrics = [], {COLUMN[SEED]: None}, set()
         for cell, state in study.cells():
             outcome = self.outcomes.get(cell.name)
             axes |= dict.fromkeys(cell.point)
-            row = {"cell": cell.name, "run_dir": f"{RUNS}/{cell.name}", "state": state, **cell.point}
+            row = {"cell": cell.name, "run_dir": f"{RUNS}/{cell.name}", "state": state}
+            row |= {COLUMN[SEED]: cell.config.get(SEED), **cell.point}
             if outcome is not None:
                 result = outcome.result or {}
                 row |= {"reason": outcome.reason, "step": result.get("global_step"), "seconds": result.get("seconds")}

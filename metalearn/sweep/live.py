@@ -2,7 +2,7 @@
 
 import time
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
@@ -59,17 +59,17 @@ class Show:
             line = f"{self.done + self.failed}/{self.total} {_place(cell)}: {seconds:.0f} s{shown}{self._remaining()}"
             self.console.print(line, highlight=False)
 
-    def table(self) -> Table:
+    def table(self) -> Group:
         """Counts, time left, and what is running."""
         left = self.total - self.done - self.failed
         counts = f"done {self.done}, running {len(self.begun)}, failed {self.failed}, to do {left - len(self.begun)}"
-        table = Table(title=counts + self._remaining(), title_justify="left", box=None)
+        table = Table(box=None)
         table.add_column("running")
         table.add_column("seconds", justify="right")
         names = list(self.begun.items())
         for name, begun in names[:SHOWN]:
             table.add_row(name.rsplit("-", 1)[0], f"{time.monotonic() - begun:.0f}")
-        return table
+        return Group(counts + self._remaining(), table)
 
     def _remaining(self) -> str:
         """The time left at the pace of this start."""
