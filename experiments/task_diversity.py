@@ -38,7 +38,7 @@ from metalearn.training.in_context import answers
 
 def trained_on(run_dir: Path) -> LinearRegression:
     """The tasks of a run, with meta-test opened."""
-    config = yaml.safe_load((run_dir / "logs" / "version_0" / "config.yaml").read_text())
+    config = yaml.safe_load((run_dir / "cell.yaml").read_text())
     settings: dict[str, Any] = config["data"]["init_args"]["tasks"]["init_args"]
     seed = config["seed_everything"] if settings.get("seed") is None else settings["seed"]
     tasks = LinearRegression(**(settings | {"seed": seed}))

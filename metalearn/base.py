@@ -74,7 +74,7 @@ class TaskDistribution(ABC):
 
     @property
     def chance_loss(self) -> float:
-        """The least loss of an answer that does not look at the examples: ln K nats; in regression the targets' mean square."""
+        """Loss of the answer that looks at nothing: ln K nats; in regression that of the answer 0, the targets' mean square."""
         return math.log(self.num_classes)
 
     @abstractmethod

@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from sweep import fake
+from sweep import fake, fake_runs
 
 from metalearn.files import locked
+from metalearn.sweep.driver import Driver, Options
+from metalearn.sweep.grid import read_sweep_file
 
 GRID = {"seed_everything": [0, 1, 2], "x": [10, 20, 30]}
 
@@ -113,6 +116,49 @@ def test_a_search_proposes_betters_and_goes_on(write, tmp_path):
     assert len(found) == 14 and min(found[10:]) < 20
     fake.sweep(write(**options | {"trials": 16}, base={"steps": 1}), tmp_path / "s", workers=1)
     assert len(table(tmp_path / "s")) == 16 and set(starts(tmp_path / "s").values()) == {1}
+
+
+class Cluster:
+    """An executor as submitit's: jobs with ``done`` and ``result``, errors of its own, and no end."""
+
+    def __init__(self, broken):
+        self.broken = broken
+
+    def submit(self, function, *arguments):
+        self.broken -= 1
+
+        def result():
+            if self.broken >= 0:
+                raise RuntimeError("the queue lost a job")
+            return function(*arguments)
+
+        return SimpleNamespace(done=lambda: True, result=result)
+
+
+def test_any_executor_with_done_and_result_will_do_and_may_lose_jobs(write, tmp_path):
+    plan = read_sweep_file(write({"x": [1, 2]}))
+    cluster = Cluster(broken=2)
+    driver = Driver(plan, tmp_path / "s", fake_runs.main, lambda: cluster, Options(retries=2), fake.Silent())
+    assert [outcome.metrics["loss"] for outcome in driver.run().values()] == [1, 2]
+
+
+def test_a_search_runs_what_is_proposed_twice_once(write, tmp_path):
+    options = {
+        "search": {"x": {"choices": [1, 2]}},
+        "trials": 8,
+        "objective": {"metric": "loss", "direction": "maximize"},
+    }
+    outcomes = fake.sweep(write(**options), tmp_path / "s", workers=3)
+    assert len(outcomes) == 2 and set(starts(tmp_path / "s").values()) == {1}
+    with pytest.raises(ValueError, match="another config"):
+        fake.sweep(write(**options | {"objective": {"metric": "loss", "direction": "minimize"}}), tmp_path / "s")
+
+
+def test_a_grid_that_shrinks_and_grows_again_runs_what_is_left(write, tmp_path):
+    fake.sweep(write({"x": [1, 2, 3]}), tmp_path / "s", budget_minutes=0)
+    fake.sweep(write({"x": [1]}), tmp_path / "s")
+    rows = _repeated(write({"x": [1, 2, 3]}), tmp_path / "s")
+    assert [row["state"] for row in rows] == ["complete"] * 3 and set(starts(tmp_path / "s").values()) == {1}
 
 
 def _driver(file, folder):
