@@ -68,7 +68,9 @@ def main(argv: list[str] | None = None) -> None:
     streams = [f"{tokens} tokens, {kind} tasks" for tokens in formats for kind in ("unseen", "seen")]
     axes = plot_transitions(by_format(cells), "num_tasks", streams, quantity="accuracy_last")
     axes.axhline(1 / CLASSES, color="0.5", linestyle=":", linewidth=1.2)
-    axes.figure.set_figwidth(7.2)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.set_figwidth(7.2)
     axes.set_ylabel("accuracy after 31 examples")
     draw_edges(axes, table, {tokens: COLOURS[2 * number] for number, tokens in enumerate(formats)})
     save(axes, folder / "boundary.png", ncols=2)

@@ -5,6 +5,7 @@ Sweeps, and DEAP's ``toolbox.map``, ask for nothing but ``submit(function, *argu
 """
 
 import contextlib
+import importlib
 import importlib.util
 import multiprocessing
 import multiprocessing.forkserver
@@ -93,7 +94,7 @@ class RayWorkers(Executor):
         require_range("threads", threads, 1)
         require_range("gpus", gpus, 0)
         _require_timeout(timeout_seconds)
-        import ray
+        ray = importlib.import_module("ray")  # an extra
 
         self._ray, self.timeout_seconds = ray, timeout_seconds
         self._started = not ray.is_initialized()

@@ -6,12 +6,13 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
+from multiprocessing import forkserver
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
-from metalearn.executors import Died, Workers
+from metalearn.executors import Died, Workers, passive_threads
 from metalearn.losses.operators import OPERATORS, Operator
 
 # What the process imports from which others are forked: each of them would else import it again. Besides this module and what is
@@ -48,8 +49,11 @@ def by_processes(workers: int, threads: int, function: Callable[..., Any], *iter
     Raises:
         RuntimeError: when a process dies of the same call twice.
     """
-    executor = Workers(workers, threads)  # starts none yet, so that what it preloads can still be put right
+    # Before Workers, which would start the process from which workers are forked, if it does not run yet, with less in it.
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD + _modules_of_main())
+    with passive_threads(threads):
+        forkserver.ensure_running()
+    executor = Workers(workers, threads)
     try:
         return mapped(executor, function, *iterables)
     finally:
