@@ -87,14 +87,23 @@ def test_experiment_runs_shrunk(config, tmp_path, local_data):
     assert all(weight.isfinite().all() for weight in checkpoint["state_dict"].values())
 
 
-@pytest.mark.parametrize("config", SWEEPS, ids=name)
+QUICK_SWEEPS = (
+    "phases.sweep",
+    "interventions.sweep",
+)  # a list of numbers, and bundles of classes; the others take a minute
+SWEEP_PARAMETERS = [
+    pytest.param(path, marks=() if path.stem in QUICK_SWEEPS else pytest.mark.slow, id=path.stem) for path in SWEEPS
+]
+
+
+@pytest.mark.parametrize("config", SWEEP_PARAMETERS)
 def test_sweep_is_listed_and_its_cost_estimated(config, tmp_path, local_data, capsys):
     small = ("trainer.max_steps=2", "data.init_args.meta_batch_size=2", "trainer.accelerator=cpu", "trainer.devices=1")
     settings = [part for setting in small for part in ("--set", setting)]
-    assert main(["sweep", str(config), "--sweep_dir", str(tmp_path), "--dry_run", *settings]) == 0
+    assert main(["sweep", str(config), "--sweep_dir", str(tmp_path / "sweep"), "--dry_run", *settings]) == 0
     *cells, cost = capsys.readouterr().out.splitlines()
     assert len(set(cells)) == len(cells) and cost.startswith(f"{len(cells)} cells")
-    assert config.read_text().startswith("# ") and not list(tmp_path.iterdir())
+    assert config.read_text().startswith("# ") and not (tmp_path / "sweep").exists()
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=name)

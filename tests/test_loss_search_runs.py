@@ -146,7 +146,7 @@ def test_two_workers_equal_one_process(whole, tmp_path, monkeypatch):
         made.append((workers, threads))
         return ThreadPoolExecutor(1)
 
-    monkeypatch.setattr(processes, "Workers", threads)
+    monkeypatch.setattr(processes, "_started", threads)
     assert fit(tmp_path, "--model.init_args.workers", 2) == 0
     assert len(made) > 3 and set(made) == {(2, max(1, torch.get_num_threads() // 2))}
     assert_same_files(tmp_path, whole)

@@ -49,11 +49,7 @@ def by_processes(workers: int, threads: int, function: Callable[..., Any], *iter
     Raises:
         RuntimeError: when a process dies of the same call twice.
     """
-    # Before Workers, which would start the process from which workers are forked, if it does not run yet, with less in it.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD + _modules_of_main())
-    with passive_threads(threads):
-        forkserver.ensure_running()
-    executor = Workers(workers, threads)
+    executor = _started(workers, threads)
     try:
         return mapped(executor, function, *iterables)
     finally:
@@ -85,6 +81,14 @@ def _result(executor: Executor, future: Future, packed: bytes, *arguments: Any) 
             raise RuntimeError(
                 "a process died twice of the same work, as it does where memory runs out; accepted: fewer workers"
             ) from error
+
+
+def _started(workers: int, threads: int) -> Executor:
+    # Before Workers, which would start the process from which workers are forked, if it does not run yet, with less in it.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD + _modules_of_main())
+    with passive_threads(threads):
+        forkserver.ensure_running()
+    return Workers(workers, threads)
 
 
 def _modules_of_main() -> list[str]:

@@ -26,8 +26,8 @@ def write_run(run_dir, num_tasks, seed):
     """A run folder as ``fit`` leaves it, of a learner that was never trained; the rest of the card says nothing of tasks."""
     settings = {"num_features": D, "num_tasks": num_tasks, "noise": 0.5, "seed": None}
     config = {"seed_everything": seed, "data": {"init_args": {"tasks": {"init_args": settings}}}}
-    (run_dir / "logs" / "version_0").mkdir(parents=True)
-    (run_dir / "logs" / "version_0" / "config.yaml").write_text(yaml.safe_dump(config))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "cell.yaml").write_text(yaml.safe_dump(config))
     torch.manual_seed(seed)
     learner = Transformer(Tokens("shift", D, 1).width, 1, width=8, depth=1, heads=1, head_width=8)
     card = {"learner": describe(learner), "tokens": "shift", "num_features": D, "num_classes": 1, "length": LENGTH}
