@@ -58,7 +58,7 @@ _ROWS = {
 }
 PUBLISHED: dict[str, dict[str, float]] = {name: dict(zip(_STREAMS, row, strict=False)) for name, row in _ROWS.items()}
 HIDDEN = {"linear": (), "MLP": (64,)}
-RATES, HORIZONS = (0.03, 0.1, 0.3, 1.0), (10, 100)
+RATES, HORIZONS = (0.1, 0.3, 1.0, 3.0), (10, 100)
 RATE = "log_lr"  # a meta-parameter beside those of the start
 Answer = Callable[[Batch], Tensor]  # sequences (B, T) -> labels (B,) of their last examples
 
