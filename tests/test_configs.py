@@ -102,7 +102,8 @@ def test_sweep_is_listed_and_its_cost_estimated(config, tmp_path, local_data, ca
     settings = [part for setting in small for part in ("--set", setting)]
     assert main(["sweep", str(config), "--sweep_dir", str(tmp_path / "sweep"), "--dry_run", *settings]) == 0
     *cells, cost = capsys.readouterr().out.splitlines()
-    assert len(set(cells)) == len(cells) and cost.startswith(f"{len(cells)} cells")
+    search = yaml.safe_load(config.read_text()).get("trials")
+    assert len(set(cells)) == len(cells) and cost.startswith(f"{search or len(cells)} cells")
     assert config.read_text().startswith("# ") and not (tmp_path / "sweep").exists()
 
 

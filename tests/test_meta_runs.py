@@ -13,6 +13,7 @@ from metalearn.analysis.runs import read_metrics
 from metalearn.cli import main
 
 SCHEDULE, WEIGHTS = HERE / "training" / "tiny_schedule.yaml", HERE / "training" / "tiny_weights.yaml"
+OPTIMIZER = HERE / "training" / "tiny_optimizer.yaml"
 REWEIGHTING = HERE.parent / "configs" / "multilevel" / "reweighting.yaml"
 ESTIMATOR = "model.init_args.estimator"
 # Each family on a problem that it is for. Directions and pairs are a multiple of two ranks.
@@ -49,11 +50,11 @@ def fit(config, folder, *overrides):
     return main(["fit", "-c", str(config), "--run_dir", str(folder), "--ckpt_path", "last", *map(str, overrides)])
 
 
-def assert_same(folder, other, tolerance=0.0):
+def assert_same(folder, other, tolerance=0.0, steps=6):
     ours, theirs = last(folder), last(other)
     for part in ("state_dict", "estimator", "optimizer_states"):
         torch.testing.assert_close(ours[part], theirs[part], rtol=tolerance, atol=tolerance)
-    assert ours["global_step"] == theirs["global_step"] == 6
+    assert ours["global_step"] == theirs["global_step"] == steps
 
 
 def assert_killed_run_resumes(config, tmp_path):
@@ -68,12 +69,12 @@ def assert_killed_run_resumes(config, tmp_path):
 CALM = ("--model.init_args.optimizer.init_args.eps", "1e-3")
 
 
-def assert_two_ranks_equal_one(config, tmp_path):
+def assert_two_ranks_equal_one(config, tmp_path, steps=6):
     two = ("-c", DDP, "--trainer.accelerator", "cpu", "--trainer.devices", 2)
     shared = start(config, tmp_path / "shared", *CALM, *two)
     assert shared.returncode == 0, shared.stderr
     assert "distributed_backend=gloo" in shared.stderr and fit(config, tmp_path / "alone", *CALM) == 0
-    assert_same(tmp_path / "shared", tmp_path / "alone", 1e-6)
+    assert_same(tmp_path / "shared", tmp_path / "alone", 1e-6, steps)
 
 
 def test_killed_run_resumes_bit_equal(tmp_path):
@@ -95,6 +96,20 @@ def test_killed_program_of_two_levels_resumes_bit_equal(tmp_path):
 
 def test_two_ranks_equal_one(tmp_path):
     assert_two_ranks_equal_one(SCHEDULE, tmp_path)
+
+
+def test_killed_training_of_an_optimizer_resumes_bit_equal(tmp_path):
+    assert_killed_run_resumes(OPTIMIZER, tmp_path)
+    rules = [(tmp_path / name / "rule.safetensors").read_bytes() for name in ("killed", "whole")]
+    assert rules[0] == rules[1]
+
+
+@pytest.mark.slow
+def test_two_ranks_that_train_an_optimizer_for_a_hundred_steps_equal_one(tmp_path):
+    longer = yaml.safe_load(OPTIMIZER.read_text())
+    longer["trainer"]["max_steps"] = 100
+    (tmp_path / "longer.yaml").write_text(yaml.safe_dump(longer))
+    assert_two_ranks_equal_one(tmp_path / "longer.yaml", tmp_path, steps=100)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ import metalearn.cli.short_names  # noqa: F401
 from metalearn.base import require_choice
 from metalearn.files import locked, write_whole
 from metalearn.training.callbacks import Budget, Progress, RunCheckpoint
+from metalearn.training.learned_optimizer import LearnedOptimizerTraining
 from metalearn.training.meta_gradient import Evaluated
 from metalearn.training.record import RESULT, RunRecord
 
@@ -162,13 +163,33 @@ class MetalearnCLI(LightningCLI):
         self._show("test")
 
     def _show(self, stage: str) -> None:
-        """Print the numbers of ``<stage>.json``, or the table of ``<stage>.csv``, and draw its curves."""
+        """Print what an evaluation has written into the run folder, and draw its curves."""
         if not self.trainer.is_global_zero:
             return
-        if isinstance(self.model, Evaluated):
-            for name, value in json.loads((self.run_dir / f"{stage}.json").read_text()).items():
+        if isinstance(self.model, LearnedOptimizerTraining):
+            self._show_optimizers(stage)
+        elif isinstance(self.model, Evaluated):
+            self._show_numbers(stage)
+        else:
+            self._show_learning_curves(stage)
+
+    def _show_numbers(self, stage: str, wanted: str = "") -> None:
+        for name, value in json.loads((self.run_dir / f"{stage}.json").read_text()).items():
+            if name.endswith(wanted):
                 print(f"{stage}/{name:<40}{value:>12.4f}")
-            return
+
+    def _show_optimizers(self, stage: str) -> None:
+        from metalearn.analysis.training_curves import format_training, read_training_curves, save_training_runs
+
+        frame, picture = read_training_curves(self.run_dir, stage), self.run_dir / f"{stage}.png"
+        print(f"\nloss of training runs ({stage} examples), mean over all steps and over the last tenth\n")
+        print(format_training(frame) + "\n")
+        for wanted in ("/ratio", "/speed_up"):
+            self._show_numbers(stage, wanted)
+        save_training_runs(frame, picture)
+        print(f"\n{picture}")
+
+    def _show_learning_curves(self, stage: str) -> None:
         from metalearn.analysis.compare import format_table, summarise_evaluation
         from metalearn.analysis.curves import save_learning_curves
         from metalearn.analysis.runs import quantity_of, read_evaluation

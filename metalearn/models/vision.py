@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from metalearn.base import require_choice, require_range
 
-ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}
+ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU, "sigmoid": nn.Sigmoid}
 
 
 class MLP(nn.Sequential):
@@ -19,7 +19,7 @@ class MLP(nn.Sequential):
         num_inputs: features D, at least 1.
         num_outputs: classes K, at least 1.
         hidden: widths of the hidden layers, each at least 1; none for a linear model.
-        activation: "tanh", "relu" or "gelu".
+        activation: "tanh", "relu", "gelu" or "sigmoid".
         dropout: probability in [0, 1] that a hidden unit is left out of a training step; 0 builds no such layer.
 
     Raises:
@@ -54,7 +54,7 @@ class LeNet(nn.Module):
         num_outputs: classes K, at least 1.
         channels: of the two convolutions, each at least 1.
         widths: of the two hidden linear layers, each at least 1.
-        activation: "tanh", "relu" or "gelu".
+        activation: "tanh", "relu", "gelu" or "sigmoid".
         image_channels: numbers of a pixel, at least 1; inputs are in the order channel, row, column, as ``ImageSource`` has them.
 
     Raises:

@@ -1,0 +1,120 @@
+"""Training runs under several optimizers: the table of what they reached, the figure of how they got there.
+
+Frames are ``<stage>_curves.csv`` of a run that meta-trained an optimizer: columns problem, horizon (in multiples of that of
+meta-training), optimizer, lr, step, loss (mean over runs), standard_error.
+"""
+
+from itertools import cycle
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from metalearn.analysis.curves import COLOURS
+from metalearn.analysis.runs import COMMANDS
+
+TAIL = 10  # a tenth of the steps is the end of a run
+COLUMNS = {"problem", "horizon", "optimizer", "lr", "step", "loss", "standard_error"}
+
+
+def read_training_curves(run_dir: str | Path, stage: str = "validation") -> pd.DataFrame:
+    """The loss at every step of the runs of ``metalearn validate`` or ``metalearn test``, mean and standard error over runs.
+
+    Raises:
+        ValueError: if the stage is unknown, or was not run yet.
+    """
+    if stage not in COMMANDS:
+        raise ValueError(f"stage is {stage!r}; accepted: {', '.join(map(repr, COMMANDS))}")
+    path = Path(run_dir) / f"{stage}_curves.csv"
+    if not path.is_file():
+        command = f"metalearn {COMMANDS[stage]} -c ... --run_dir {run_dir} --ckpt_path last"
+        raise ValueError(f"{str(path)!r} does not exist; make it with: {command}")
+    return pd.read_csv(path)
+
+
+def summarise_training(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row per problem, horizon and optimizer: lr, mean_loss over all steps, final_loss over the last tenth."""
+    _require_columns(frame)
+    rows = []
+    for place, group in frame.groupby(["problem", "horizon", "optimizer"], sort=False):
+        losses = group.sort_values("step")["loss"]
+        final = losses.tail(max(1, len(losses) // TAIL)).mean()
+        names = dict(zip(["problem", "horizon", "optimizer"], place, strict=True))
+        rows.append(names | {"lr": group["lr"].iloc[0], "mean_loss": losses.mean(), "final_loss": final})
+    return pd.DataFrame(rows)
+
+
+def format_training(frame: pd.DataFrame) -> str:
+    """The summary as text: a line per optimizer, and for each horizon the mean loss over all steps and over the last tenth."""
+    summary = summarise_training(frame)
+    horizons, lines = list(summary["horizon"].unique()), []
+    columns = "".join(f"{f'{horizon}x: mean':>14}{'end':>10}{'lr':>9}" for horizon in horizons)
+    for problem, of_problem in summary.groupby("problem"):
+        title = "optimizer" if summary["problem"].nunique() == 1 else f"problem {problem}"
+        lines.append(f"{title:<22}{columns}")
+        for name, own in of_problem.groupby("optimizer", sort=False):
+            cells = "".join(_cells(row) for _, row in own.iterrows())
+            lines.append(f"{name:<22}{cells}")
+    return "\n".join(lines)
+
+
+def _cells(row: pd.Series) -> str:
+    rate = "" if pd.isna(row["lr"]) else f"{row['lr']:g}"
+    return f"{row['mean_loss']:>14.4f}{row['final_loss']:>10.4f}{rate:>9}"
+
+
+def plot_training_runs(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw loss against step, on a logarithmic axis: a line per optimizer, with a band of ± 1 standard error.
+
+    Args:
+        frame: the table of ``read_training_curves``; with ``ax``, of one problem and horizon.
+        ax: where to draw; without it, a new figure with a row of panels for each problem, a panel for each horizon.
+
+    Returns:
+        The axes; of a new figure the first panel, and ``axes.figure.axes`` are all of them.
+
+    Raises:
+        ValueError: if the frame lacks columns or rows, or holds several panels for one ``ax``.
+    """
+    _require_columns(frame)
+    panels = list(frame.groupby(["problem", "horizon"], sort=False))
+    if not panels or (ax is not None and len(panels) > 1):
+        raise ValueError(
+            f"the frame has {len(panels)} pairs of problem and horizon; accepted: one for given axes, one or more without"
+        )
+    if ax is not None:
+        _draw(frame, ax)
+        ax.legend(frameon=False)
+        return ax
+    columns = frame["horizon"].nunique()
+    rows = len(panels) // columns
+    figure = Figure(figsize=(4.6 * columns, 3.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for own, ((problem, horizon), group) in zip(axes, panels, strict=True):
+        _draw(group, own)
+        own.set_title(f"{horizon} x the horizon" + (f", problem {problem}" if rows > 1 else ""))
+    figure.axes[0].legend(frameon=False)
+    return figure.axes[0]
+
+
+def save_training_runs(frame: pd.DataFrame, path: str | Path) -> None:
+    """Write the figure of ``plot_training_runs`` to ``path``; its suffix is the format, ``.png`` or ``.pdf``."""
+    figure = plot_training_runs(frame).get_figure(root=True)
+    assert figure is not None
+    figure.savefig(path, dpi=150)
+
+
+def _draw(frame: pd.DataFrame, ax: Axes) -> None:
+    for (name, line), colour in zip(frame.groupby("optimizer", sort=False), cycle(COLOURS), strict=False):
+        steps, losses, errors = line["step"] + 1, line["loss"], line["standard_error"]
+        ax.plot(steps, losses, color=colour, label=name, linewidth=1.4)
+        ax.fill_between(
+            steps, (losses - errors).clip(lower=losses / 10), losses + errors, color=colour, alpha=0.2, lw=0
+        )
+    ax.set(yscale="log", xlabel="step", ylabel="loss")
+
+
+def _require_columns(frame: pd.DataFrame) -> None:
+    if missing := sorted(COLUMNS - set(frame.columns)):
+        raise ValueError(f"the frame lacks {', '.join(missing)}; accepted: the table of read_training_curves")
