@@ -70,23 +70,29 @@ class LearnedRule(Rule):
 
     def init(self, meta: Params, params: Params) -> Tree:
         layout = Layout.of(params)
-        return self.start(meta or self._on(params), layout, layout.pack(params))
+        flat = _working(layout.pack(params))
+        return self.start(self._like(meta, flat), layout, flat)
 
     def update(
         self, meta: Params, grads: Params, state: Tree, params: Params, *, loss: Tensor | None = None
     ) -> tuple[Params, Tree]:
         layout = Layout.of(params)
-        flat = layout.pack(params)
-        direction_P, state = self.direction(meta or self._on(params), layout, layout.pack(grads), state, flat, loss)
-        return layout.unpack(flat - direction_P), state
+        given, grads_P = layout.pack(params), _working(layout.pack(grads))
+        flat = _working(given)
+        direction_P, state = self.direction(self._like(meta, flat), layout, grads_P, state, flat, loss)
+        return layout.unpack((flat - direction_P).to(given.dtype)), state
 
-    def _on(self, params: Params) -> Params:
-        like = next(iter(params.values()))
-        return {name: value.to(like.device, like.dtype) for name, value in self.weights.items()}
+    def _like(self, meta: Params, flat: Tensor) -> Params:
+        return {name: value.to(flat.device, flat.dtype) for name, value in (meta or self.weights).items()}
+
+
+def _working(flat: Tensor) -> Tensor:
+    """Half precision as float32, in which rules work and keep their state."""
+    return flat.to(torch.promote_types(flat.dtype, torch.float32))
 
 
 def weight(meta: Params, name: str, axes: int) -> Tensor:
-    """``meta[name]`` with ``axes`` axes of its own, laid out against values (…, P, features).
+    """``meta[name]`` with ``axes`` axes of its own, laid out against values (…, P, features), or a number against (…, P).
 
     A number (axes 0) becomes (…, 1), a vector (…, 1, features), a matrix stays (…, in, out).
     """

@@ -113,12 +113,16 @@ def relabel(labels: Labels, names: Sequence[str], chosen: Sequence[str]) -> np.n
 def moments(inputs_ND: Tensor, normalise: str) -> tuple[Tensor, Tensor]:
     """Mean and (population) standard deviation that ``normalise`` subtracts and divides by, in the dtype of the inputs.
 
+    - ``largest``: no mean, and instead of the deviation the largest magnitude of all examples and features.
     - ``scalar``: both over all examples and features.
     - ``per_pixel``: mean of each feature; one deviation, ``sqrt(mean over n, d of (x_nd - mean_d)^2)``.
     - ``per_feature``: mean and deviation of each feature.
 
     A deviation of zero is returned as one, so that what is constant becomes zero.
     """
+    if normalise == "largest":
+        largest = inputs_ND.abs().max()
+        return torch.zeros_like(largest), torch.where(largest == 0, 1.0, largest)
     mean = inputs_ND.mean(dtype=torch.float64) if normalise == "scalar" else inputs_ND.mean(0, dtype=torch.float64)
     mean = mean.to(inputs_ND.dtype)
     centred_ND = inputs_ND - mean
@@ -214,6 +218,7 @@ class LabelledSource(DataSource, Source):
             an integer the class of that name where names are numbers, else a position in the list of names.
         normalise: statistics of "train" that inputs are centred and scaled with: ``scalar``, one mean and one deviation
             over all examples and features; ``per_pixel``, the mean of each feature and one deviation of what is left;
+            ``largest``, no mean and the largest magnitude, so that pixels are in [0, 1];
             tables also ``per_feature``, the mean and the deviation of each feature.
         seed: of the permutation that the parts are cut from.
     """
@@ -222,7 +227,7 @@ class LabelledSource(DataSource, Source):
     normalise: str = "per_pixel"
     seed: int = 0
 
-    normalisations: ClassVar[tuple[str, ...]] = ("scalar", "per_pixel")
+    normalisations: ClassVar[tuple[str, ...]] = ("scalar", "per_pixel", "largest")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -324,7 +324,7 @@ class TableSource(LabelledSource):
     task: str = "classification"
     header: bool = True
 
-    normalisations: ClassVar[tuple[str, ...]] = ("per_feature", "scalar", "per_pixel")
+    normalisations: ClassVar[tuple[str, ...]] = ("per_feature", "scalar", "per_pixel", "largest")
 
     def __post_init__(self) -> None:
         super().__post_init__()

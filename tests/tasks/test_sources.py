@@ -212,6 +212,7 @@ def test_matches_numpy_moments(offset: float) -> None:
     expected = {
         "scalar": (values - values.mean()) / values.std(),
         "per_pixel": centred / np.sqrt((centred**2).mean()),
+        "largest": values / np.abs(values).max(),
         "per_feature": np.concatenate([centred[:, :2] / values.std(0)[:2], np.zeros((43, 1))], axis=1),
     }
     for normalise, result in expected.items():
@@ -515,7 +516,7 @@ def test_is_built_from_yaml(class_path: str, tmp_path: Path) -> None:
         (lambda: ImageSource("digits", test=1.0), "test is 1.0; accepted: 0 <= test < 1"),
         (lambda: ImageSource("digits", validation=-0.1), "validation is -0.1"),
         (lambda: ImageSource("digits", test="train[90%:]"), "test is 'train"),
-        (lambda: ImageSource("digits", normalise="none"), "accepted: 'scalar', 'per_pixel'"),
+        (lambda: ImageSource("digits", normalise="none"), "accepted: 'scalar', 'per_pixel', 'largest'"),
         (lambda: ImageSource("digits", channels=2), "channels is 2; accepted: None, 1, 3"),
         (lambda: ImageSource("digits", image_size=0), "image_size is 0"),
         (lambda: TableSource("iris", task="ranking"), "task is 'ranking'"),

@@ -1,0 +1,54 @@
+"""What learned rules see of a training run: running means, time, and statistics of whole tensors.
+
+Letters: P parameters of all tensors together; T tensors; D decays; S time scales; ``…`` leading axes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from metalearn.optim.layout import Layout
+
+TIME_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
+NORMALISER_EPS = 1e-5
+
+
+def running_mean(mean_P: Tensor, value_P: Tensor, kept: float) -> Tensor:
+    """``kept mean + (1 - kept) value``, not corrected for its start at 0."""
+    return torch.lerp(mean_P, value_P, 1 - kept)
+
+
+def weights_held(step: Tensor, kept: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """``1 - k^step`` (…, D) of D shares k: the weight of ``step`` >= 1 values in a running mean that started at 0."""
+    # In float32, 1 - 0.999^t would have no more than four digits.
+    steps = step.double()
+    return (1 - torch.stack([share**steps for share in kept], -1)).to(dtype)
+
+
+def time_features(step: Tensor, scales: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """``tanh(t / s - 1)`` of t updates taken so far (…) and each scale s: (…, S).
+
+    Source: Metz et al. 2019, "Understanding and correcting pathologies in the training of learned optimizers", appendix D.
+    """
+    # Numbers instead of a tensor of scales, which would be copied to a GPU that waits for it.
+    return torch.stack([step.to(dtype) / scale for scale in scales], -1).sub(1).tanh()
+
+
+def second_moment_normaliser(layout: Layout, x_P: Tensor) -> Tensor:
+    """``1 / sqrt(1e-5 + mean x^2)`` of each tensor (…, T), with which its entries are multiplied.
+
+    Source: Metz et al. 2019, "Understanding and correcting pathologies in the training of learned optimizers", appendix D.
+    """
+    return (tensor_means(layout, x_P.square()) + NORMALISER_EPS).rsqrt()
+
+
+def tensor_means(layout: Layout, x_P: Tensor) -> Tensor:
+    """The mean over each tensor: (…, T)."""
+    return torch.stack([part.mean(-1) for part in layout.split(x_P)], -1)
+
+
+def spread(layout: Layout, x_T: Tensor) -> Tensor:
+    """The value of each tensor (…, T) at each of its entries: (…, P)."""
+    values = x_T.split(1, -1)
+    return torch.cat([value.expand(*value.shape[:-1], n) for value, n in zip(values, layout.sizes, strict=True)], -1)

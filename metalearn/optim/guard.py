@@ -1,0 +1,376 @@
+"""Guards: a learned optimizer, and another that takes over where it does worse.
+
+A guard holds two optimizers over the same parameters and is one optimizer to everything else. Each step calls its closure
+twice, at two points, with the same draws. The state of either optimizer has seen nothing but points that were kept.
+"""
+
+import contextlib
+import math
+from abc import abstractmethod
+from collections import UserDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from metalearn import tree
+from metalearn.base import require_range
+from metalearn.optim.torch_face import mean_over_processes
+
+LEARNED, GUARD = "learned", "guard"
+Closure = Callable[[], Any]
+Grads = list[Tensor | None]
+
+
+class Guarded(Optimizer):
+    """What the guards have in common.
+
+    ``param_groups`` are those of ``learned`` and after them those of ``guard``, which there have no parameters: schedulers
+    change the rates of both, and clipping meets each gradient once.
+
+    What a closure changes besides gradients, such as running statistics of batch norm, sees both points. Gradients of several
+    closures that are added up before a step would mix the points: do not accumulate. Optimizers that keep more than
+    gradients need at a step outside their ``state`` and their groups cannot be guarded.
+    """
+
+    counters: ClassVar[tuple[str, ...]]  # names of attributes that are numbers, texts or dictionaries of these
+
+    def __init__(self, learned: Optimizer, guard: Optimizer):
+        for optimizer in (learned, guard):
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise ValueError("an optimizer is LBFGS; accepted: those that need one gradient a step")
+        if {id(p) for p in _params(learned)} != {id(p) for p in _params(guard)}:
+            raise ValueError("learned and guard have other parameters; accepted: two optimizers over the same tensors")
+        self.learned, self.guard = learned, guard
+        super().__init__(learned.param_groups, {})
+        self._share_groups()
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        """Both, by the names of their branches."""
+        return {LEARNED: self.learned, GUARD: self.guard}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if len(self.param_groups) >= len(self.learned.param_groups):
+            raise ValueError(
+                "a group is added to a guard; accepted: groups that both optimizers have before they are guarded"
+            )
+        super().add_param_group(param_group)
+
+    def step(self, closure: Closure | None = None) -> Any:
+        """One step.
+
+        Args:
+            closure: Zeroes gradients, computes new ones, and returns the loss.
+
+        Returns:
+            What ``closure`` returned at the point that the parameters had.
+
+        Raises:
+            ValueError: There is no closure, or it returns None.
+        """
+        if closure is None:
+            raise ValueError("closure is None; accepted: a function that computes the gradients and returns the loss")
+
+        def evaluate() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            if loss is None:
+                raise ValueError("closure returns None; accepted: the loss")
+            return loss
+
+        with torch.no_grad():
+            return self._step(evaluate)
+
+    @abstractmethod
+    def _step(self, closure: Closure) -> Any:
+        """A step, with a closure that turns gradients on for itself."""
+
+    # -- points ------------------------------------------------------------------------------------------------------
+
+    def _point(self) -> list[Tensor]:
+        return [p.detach().clone() for p in _params(self.learned)]
+
+    def _move(self, point: Sequence[Tensor]) -> None:
+        for p, value in zip(_params(self.learned), point, strict=True):
+            p.copy_(value)
+
+    def _grads(self) -> Grads:
+        # Copies: the next closure may zero these tensors, or write into them, as buckets of DistributedDataParallel do.
+        return [None if p.grad is None else p.grad.clone() for p in _params(self.learned)]
+
+    def _set_grads(self, grads: Grads) -> None:
+        for p, grad in zip(_params(self.learned), grads, strict=True):
+            p.grad = grad
+
+    @contextlib.contextmanager
+    def _draws_to_repeat(self) -> Iterator[None]:
+        """Afterwards, torch's generators are where they were before."""
+        devices = {p.device for p in _params(self.learned) if p.is_cuda}
+        with torch.random.fork_rng(sorted(devices, key=str)):
+            yield
+
+    # -- copies ------------------------------------------------------------------------------------------------------
+
+    def _share_groups(self) -> None:
+        self.param_groups = [*self.learned.param_groups, *(_Settings(group) for group in self.guard.param_groups)]  # type: ignore
+
+    def state_dict(self) -> dict[str, Any]:
+        """All there is, in the middle of a period, too, in tensors and builtins."""
+        inner = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        own = {name: tree.map(lambda leaf: leaf, getattr(self, name)) for name in self.counters}
+        return {"state": {**inner, **own}, "param_groups": super().state_dict()["param_groups"]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where the guard that ``state_dict`` is of was, bit for bit, with the parameters that it had.
+
+        Raises:
+            ValueError: It is of another kind, or of other optimizers.
+        """
+        state, wanted = state_dict["state"], {LEARNED, GUARD, *self.counters}
+        if not wanted <= state.keys():
+            raise ValueError(
+                f"the state lacks {sorted(wanted - state.keys())}; accepted: that of a {type(self).__name__}"
+            )
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[name])
+        for name in self.counters:
+            setattr(self, name, tree.map(lambda leaf: leaf, state[name]))
+        self._share_groups()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A scheduler puts a step of its own into the object, and torch's hooks are not copied, as in torch's optimizers.
+        return {name: value for name, value in self.__dict__.items() if name != "step" and not name.startswith("_")}
+
+
+class LossGuard(Guarded):
+    """LGL2O: both optimizers run side by side, and the branch with the lower losses is kept.
+
+    A period begins with both at one point. Each takes ``period`` steps of its own on the same batches, and the loss at the end
+    of each of these steps is that of the next batch. At the end of the period the branch of ``learned`` is kept where
+    ``mean loss of learned <= mean loss of guard - margin``, else that of ``guard``, and both go on from the point that is kept:
+    what is kept of a period is never above the guard's branch on the same batches. A loss that is not finite loses.
+
+    A step calls its closure once on each branch's parameters: two gradients a step. Between steps the parameters are those
+    of the branch that leads in this period; at its start, of the branch that was kept. The optimizer whose branch is left
+    goes on with the state that it had at the start of the period, because momenta of a branch that was left would pull it back
+    there; the other goes on with its own. In memory there are one more copy of the parameters and one of both states.
+
+    Under ``torch.distributed`` losses are means over all processes, so that all keep the same branch.
+
+    Args:
+        learned: Optimizer that is not trusted.
+        guard: Optimizer that is, over the same parameters; the proofs are of SGD.
+        period: Steps of a period, at least 1.
+        margin: How much less the loss of ``learned`` must be, at least 0.
+
+    Raises:
+        ValueError: The optimizers have other parameters, or a value is out of range.
+
+    Source: Prémont-Schwarz et al. 2022, "A Simple Guard for Learned Optimizers". Differs from the paper: losses are those of
+    the batches along the way, which cost nothing more, and not of further batches at the end of the period.
+    """
+
+    counters = ("inside", "kept", "steps", "evaluated", "losses", "periods", "periods_learned")
+
+    def __init__(self, learned: Optimizer, guard: Optimizer, period: int = 10, margin: float = 0.0):
+        require_range("period", period, 1)
+        require_range("margin", margin, 0.0)
+        self.period, self.margin = period, margin
+        self.inside = self.kept = GUARD  # the branch whose point the parameters are, and the one that was kept at last
+        self.steps = self.evaluated = 0  # of this period: steps taken, and ends of steps whose loss is known
+        self.losses = {LEARNED: 0.0, GUARD: 0.0}  # their sums
+        self.periods = self.periods_learned = 0  # periods that are over, and those of them that kept the learned branch
+        self.spare: list[Tensor] = []  # the other branch's point
+        self.before: dict[str, dict[Any, Any]] = {LEARNED: {}, GUARD: {}}  # states at the start of the period
+        super().__init__(learned, guard)
+
+    @property
+    def fraction_learned(self) -> float:
+        """Share of the periods that are over in which the learned branch was kept; NaN before the first is over."""
+        return self.periods_learned / self.periods if self.periods else math.nan
+
+    def _step(self, closure: Closure) -> Any:
+        self.spare = self.spare or self._point()
+        over = not 0 < self.steps < self.period
+        returned = []
+        found: dict[str, tuple[Any, Grads]] = {}
+        for again in (False, True):
+            with contextlib.nullcontext() if again else self._draws_to_repeat():
+                loss = closure()
+            returned.append(loss)
+            self.losses[self.inside] += self._number(loss)
+            if over:  # both optimizers will step from one of the two points, once it is known from which
+                found[self.inside] = loss, self._grads()
+            else:
+                self.optimizers[self.inside].step(lambda loss=loss: loss)
+            self._turn()
+        self.evaluated += 1
+        if over:
+            self._keep()
+            self._begin(*found[self.kept])
+        self.steps += 1
+        if self.inside != self._leader():
+            self._turn()
+        if self.inside == LEARNED and not self._finite():  # its loss will say so, but this step may have been the last
+            self._turn()
+        return returned[0]
+
+    def _number(self, loss: Any) -> float:
+        device = _params(self.learned)[0].device
+        return float(mean_over_processes(torch.as_tensor(loss, device=device).detach()))
+
+    def _finite(self) -> bool:
+        return bool(torch.stack([p.isfinite().all() for p in _params(self.learned)]).all())
+
+    def _leader(self) -> str:
+        """The branch with the lower losses in this period; while none is known, the one that was kept."""
+        if not self.evaluated:
+            return self.kept
+        learned, allowed = self.losses[LEARNED], self.losses[GUARD] - self.evaluated * self.margin
+        better = math.isfinite(learned) and (learned <= allowed or not math.isfinite(allowed))
+        return LEARNED if better else GUARD
+
+    def _keep(self) -> None:
+        """End the period, if this is the end of one: the leader's point, and the states that go with it."""
+        if self.steps:
+            self.kept = self._leader()
+            self.periods += 1
+            self.periods_learned += self.kept == LEARNED
+            left = GUARD if self.kept == LEARNED else LEARNED
+            state = self.optimizers[left].state
+            state.clear()
+            state.update(self.before[left])
+        if self.inside != self.kept:
+            self._turn()
+        self.spare = self._point()
+
+    def _begin(self, loss: Any, grads: Grads) -> None:
+        """The first step of a period, of both branches, by one gradient."""
+        self.before = {name: _copied(optimizer.state) for name, optimizer in self.optimizers.items()}
+        self.losses, self.steps, self.evaluated = {LEARNED: 0.0, GUARD: 0.0}, 0, 0
+        for _ in self.optimizers:
+            self._set_grads(grads)
+            self.optimizers[self.inside].step(lambda: loss)
+            self._turn()
+
+    def _turn(self) -> None:
+        """Make the parameters those of the other branch."""
+        point = self._point()
+        self._move(self.spare)
+        self.spare = point
+        self.inside = GUARD if self.inside == LEARNED else LEARNED
+
+    def state_dict(self) -> dict[str, Any]:
+        saved = super().state_dict()
+        before = {name: _indexed(self.before[name], optimizer) for name, optimizer in self.optimizers.items()}
+        saved["state"] |= {"spare": list(self.spare), "before": before}
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state = state_dict["state"]
+        if "before" in state:  # else it is of another kind, as will be said
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict({**state[name], "state": state["before"][name]})
+                self.before[name] = _copied(optimizer.state)
+        super().load_state_dict(state_dict)
+        self.spare = [
+            value.to(p.device, copy=True) for value, p in zip(state["spare"], _params(self.learned), strict=False)
+        ]
+
+
+class GL2O(Guarded):
+    """Safe-L2O: a learned step is accepted where the guard would hardly move from its end.
+
+    With T a step of ``guard`` on the same batch, y the end of the step of ``learned`` from x, and ``r = |T(y) - y|``: x becomes y
+    where ``r <= alpha mu``, and ``mu <- theta r + (1 - theta) mu``; else x becomes T(x). At first ``mu = |T(x) - x|``. A step that
+    is not accepted leaves the state of ``learned`` as it was, and one that is accepted that of ``guard``. Two gradients a step.
+
+    Args:
+        learned: Optimizer that is not trusted.
+        guard: Optimizer that is, over the same parameters; the proofs are of gradient descent on convex functions.
+        alpha: Share of mu that the residual may have, 0 ... 1.
+        theta: Share of the newest residual in mu, 0 ... 1.
+
+    Raises:
+        ValueError: The optimizers have other parameters, or a value is out of range.
+
+    Source: Heaton et al. 2020, "Safeguarded Learned Convex Optimization", with the exponential moving average of its released
+    code. Differs from the paper: residuals are those of a batch, and alpha and theta are our choice.
+    """
+
+    counters = ("mu", "steps", "accepted")
+
+    def __init__(self, learned: Optimizer, guard: Optimizer, alpha: float = 0.99, theta: float = 0.9):
+        require_range("alpha", alpha, 0.0, 1.0)
+        require_range("theta", theta, 0.0, 1.0)
+        self.alpha, self.theta = alpha, theta
+        self.mu = math.nan  # before the first step
+        self.steps = self.accepted = 0  # steps taken, and those of them that were the learned optimizer's
+        super().__init__(learned, guard)
+
+    @property
+    def fraction_learned(self) -> float:
+        """Share of the steps that were the learned optimizer's; NaN before the first."""
+        return self.accepted / self.steps if self.steps else math.nan
+
+    def _step(self, closure: Closure) -> Any:
+        start, before = self._point(), _copied(self.learned.state)
+        with self._draws_to_repeat():
+            loss = closure()
+        grads = self._grads()
+        if not self.steps:
+            self.mu = self._residual(loss)
+        self.learned.step(lambda: loss)
+        residual = self._residual(closure())
+        self.steps += 1
+        if math.isfinite(residual) and residual <= self.alpha * self.mu:
+            self.mu = self.theta * residual + (1 - self.theta) * self.mu
+            self.accepted += 1
+        else:
+            self._move(start)
+            self._set_grads(grads)
+            self.learned.state.clear()
+            self.learned.state.update(before)
+            self.guard.step(lambda: loss)
+        return loss
+
+    def _residual(self, loss: Any) -> float:
+        """How far the guard would move from here."""
+        here, before = self._point(), _copied(self.guard.state)
+        self.guard.step(lambda: loss)
+        moved = torch.stack([(p - value).double().norm() for p, value in zip(_params(self.guard), here, strict=True)])
+        self._move(here)
+        self.guard.state.clear()
+        self.guard.state.update(before)
+        return float(moved.norm())
+
+
+class _Settings(UserDict):
+    """A group of the guard's, the same dictionary, without its parameters."""
+
+    def __init__(self, group: dict[str, Any]):
+        self.data = group
+
+    def __getitem__(self, key: str) -> Any:
+        return [] if key == "params" else self.data[key]
+
+
+def _params(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _copied(state: dict[Any, Any]) -> dict[Any, Any]:
+    """An optimizer's state, which it will change in place."""
+    return {
+        key: tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
+        for key, value in state.items()
+    }
+
+
+def _indexed(state: dict[Any, Any], optimizer: Optimizer) -> dict[Any, Any]:
+    """A state with positions for parameters, as state dictionaries have it."""
+    places = {id(p): place for place, p in enumerate(_params(optimizer))}
+    return {places.get(id(key), key): value for key, value in state.items()}

@@ -1,0 +1,292 @@
+"""A learned optimizer as an optimizer of ``torch.optim``'s kind.
+
+Letters: P parameters of all tensors of a part together.
+"""
+
+# pyright: reportPrivateImportUsage=false
+# (torch's own optimizers are made of its _foreach functions, which it does not export.)
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from metalearn import tree
+from metalearn.base import Params, Tree, require_range
+from metalearn.optim.layout import Layout
+from metalearn.optim.learned import LearnedRule
+from metalearn.optim.saving import describe, load_rule, with_weights
+
+Part = dict[str, Any]  # "members": positions of tensors among all parameters; "tree": what the rule keeps of them
+
+
+class LearnedOptimizer(Optimizer):
+    """Any learned rule, in the place of ``torch.optim.Adam``: ``p <- p - lr (direction + weight_decay p)``.
+
+    The direction is the rule's, bit for bit: with ``lr`` 1 and no decay the parameters go the way of ``rule.update``. The
+    rule works in float32, or in float64 on parameters of that type; half-precision parameters are rounded at the end of each
+    step, and what the rule keeps of them is never rounded.
+
+    Parameters that are always given gradients together are one vector for the rule, a *part*, on each device and in each
+    of the two precisions. Where one of them has no gradient, it is left alone and its state does not advance: its part falls
+    apart into two, for good. Rules in which tensors see of one another (dynamic modes) see within a part only.
+
+    The state dictionary holds class, version, settings and weights of the rule: one of another rule is refused, and one of
+    the same rule brings its weights along. Processes of ``torch.distributed`` agree as long as their gradients do;
+    of a rule that asks for the loss, they take the mean over all processes, which must all step.
+
+    Args:
+        params: Parameters, pairs of name and parameter, or groups of either with an ``lr`` and a ``weight_decay`` of their own.
+        rule: A file written by ``fit`` or ``save_rule``, the name of a rule that comes with the package, or a rule itself.
+        lr: Factor of the rule's own step, >= 0; what schedulers change.
+        weight_decay: Decoupled, in units of ``lr``, >= 0.
+        compile: Run the rule through ``torch.compile``: once for each part, about a minute, not bit for bit the same.
+
+    Raises:
+        ValueError: A value is out of range, parameters are complex or integers, or there is no such rule; by ``step``, for
+            sparse gradients, and where a rule that asks for the loss is given none.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        rule: str | Path | LearnedRule = "digits_mlp",
+        lr: float = 1.0,
+        weight_decay: float = 0.0,
+        compile: bool = False,
+    ):
+        given = rule if isinstance(rule, LearnedRule) else load_rule(rule)
+        self.rule, self.compile = (
+            with_weights(given, given.weights),
+            compile,
+        )  # whatever becomes of the one that was given
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        settings = self.defaults | param_group
+        require_range("lr", settings["lr"], 0.0)
+        require_range("weight_decay", settings["weight_decay"], 0.0)
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if not p.is_floating_point():
+                self.param_groups.pop()
+                raise ValueError(f"a parameter is of {p.dtype}; accepted: real floating-point parameters")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:
+        """One update of the parameters that have gradients.
+
+        Args:
+            closure: Computes these gradients, and returns the loss.
+            loss: The loss, for rules that ask for it, where there is no closure.
+
+        Returns:
+            What ``closure`` returns.
+        """
+        returned = None
+        if closure is not None:
+            with torch.enable_grad():
+                returned = loss = closure()
+        params = self._params
+        present = [place for place, p in enumerate(params) if p.grad is not None]
+        if any(p.grad is not None and p.grad.layout != torch.strided for p in params):
+            raise ValueError("a gradient is sparse; accepted: dense gradients (sparse=False in an Embedding)")
+        if present and self.rule.needs_loss:
+            loss = self._agreed(loss, params[present[0]].device)
+        for part in self._parts(params, present):
+            self._update(params, part, loss if self.rule.needs_loss else None)
+        return returned
+
+    def __repr__(self) -> str:
+        size = sum(value.numel() for value in self.rule.weights.values())
+        return super().__repr__().replace(" (", f" ({type(self.rule).__name__} of {size} weights", 1)
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _parts(self, params: Sequence[Tensor], present: Sequence[int]) -> list[Part]:
+        """The parts of all parameters that have gradients, and of no others."""
+        found, left = [], set(present)
+        for name, part in list(self.state.items()):
+            if here := [place for place in part["members"] if place in left]:
+                if len(here) < len(part["members"]):
+                    rest = [place for place in part["members"] if place not in left]
+                    self._put(self._piece(params, part, rest))
+                    part = self.state[name] = self._piece(params, part, here)
+                found.append(part)
+                left.difference_update(here)
+        kinds: dict[Any, list[int]] = {}
+        for place in sorted(left):
+            kinds.setdefault((params[place].device, _precision(params[place])), []).append(place)
+        return found + [self._put(self._begin(params, members)) for members in kinds.values()]
+
+    def _put(self, part: Part) -> Part:
+        # Not under a number, nor under a parameter, whose precision torch would give the state when it is loaded.
+        name = next(name for name in (f"part {k}" for k in range(len(self.state) + 1)) if name not in self.state)
+        self.state[name] = part  # type: ignore[index]
+        return part
+
+    def _begin(self, params: Sequence[Tensor], members: list[int]) -> Part:
+        values = _values(params, members)
+        layout = Layout.of(values)
+        return {
+            "members": members,
+            "tree": self.rule.start(self._weights(params[members[0]]), layout, layout.pack(values)),
+        }
+
+    def _piece(self, params: Sequence[Tensor], part: Part, chosen: list[int]) -> Part:
+        """What the rule keeps of the ``chosen`` members of a part."""
+        singles = [tree.pack(self._begin(params, [place])["tree"]) for place in part["members"]]
+        own = [place in chosen for place in part["members"]]
+        leaves = {
+            name: _chosen(name, leaf, [single[name].shape for single in singles], own)
+            for name, leaf in tree.pack(part["tree"]).items()
+        }
+        return {"members": chosen, "tree": tree.unpack(self._begin(params, chosen)["tree"], leaves)}
+
+    # -- the step of a part ------------------------------------------------------------------------------------------
+
+    def _update(self, params: Sequence[Tensor], part: Part, loss: Tensor | None) -> None:
+        members = part["members"]
+        values, layout = _values(params, members), _layout(params, members)
+        grads = {str(place): _precise(params[place].grad, params[place]) for place in members}
+        like = params[members[0]]
+        if loss is not None:
+            loss = loss.to(like.device, _precision(like))
+        packed = layout.pack(grads), part["tree"], layout.pack(values)
+        direction_P, part["tree"] = self._direction(self._weights(like), layout, *packed, loss)
+        moves = layout.unpack(direction_P)
+        first = 0
+        for group in self.param_groups:
+            here = [place for place in members if first <= place < first + len(group["params"])]
+            first += len(group["params"])
+            if here:  # torch refuses to work on empty lists
+                _descend([params[place] for place in here], [moves[str(place)] for place in here], group)
+
+    @functools.cached_property
+    def _direction(self) -> Callable[..., tuple[Tensor, Tree]]:
+        return torch.compile(self.rule.direction, dynamic=False) if self.compile else self.rule.direction
+
+    @functools.cached_property
+    def _cast(self) -> dict[Any, Params]:
+        return {}
+
+    def _weights(self, like: Tensor) -> Params:
+        """The rule's weights where a parameter is, in its precision."""
+        kind = like.device, _precision(like)
+        if kind not in self._cast:
+            self._cast[kind] = {name: value.to(*kind) for name, value in self.rule.weights.items()}
+        return self._cast[kind]
+
+    def _agreed(self, loss: Any, device: torch.device) -> Tensor:
+        """The loss as a tensor, the mean over all processes."""
+        if loss is None:
+            name = type(self.rule).__name__
+            raise ValueError(
+                f"{name} needs the loss, which is None; accepted: a closure that returns it, or step(loss=...)"
+            )
+        return mean_over_processes(torch.as_tensor(loss, device=device).detach())
+
+    # -- copies ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, and under "rule" the rule: class, version, settings and weights."""
+        saved = super().state_dict()
+        parts = {name: dict(part) for name, part in saved["state"].items()}  # which later steps do not change
+        return {**saved, "state": parts, "rule": {**describe(self.rule), "weights": dict(self.rule.weights)}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where the optimizer that ``state_dict`` is of was, bit for bit, with the weights of its rule.
+
+        Raises:
+            ValueError: It is of another optimizer or rule, of another version or other settings of it, or of other parameters.
+        """
+        saved, own = dict(state_dict.get("rule", {})), describe(self.rule)
+        weights = saved.pop("weights", {})
+        if saved != own:
+            wrong = [name for name in own if saved.get(name) != own[name]]
+            found, accepted = ({name: rule.get(name) for name in wrong} for rule in (saved, own))
+            raise ValueError(f"the state is of a rule with {found}; accepted: {accepted}")
+        rule = with_weights(self.rule, weights)
+        state = {name: self._fitted(part) for name, part in state_dict["state"].items()}
+        super().load_state_dict({**state_dict, "state": state})
+        self.rule = rule
+        self._forget()
+
+    def _fitted(self, part: Part) -> Part:
+        """A part as it was saved, on the device of its parameters."""
+        params, members = self._params, list(part["members"])
+        if not all(place < len(params) for place in members):
+            raise ValueError(f"the state is of parameters {members}; accepted: 0 ... {len(params) - 1}")
+        like = self._begin(params, members)["tree"]
+        try:
+            kept = tree.unpack(like, tree.pack(part["tree"]))
+        except ValueError as error:
+            raise ValueError(f"the state is of parameters of other shapes: {error}") from error
+        return {"members": members, "tree": tree.map(lambda leaf, own: leaf.to(own.dtype), kept, like)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "rule": self.rule, "compile": self.compile}
+
+    def _forget(self) -> None:
+        for name in ("_cast", "_direction"):
+            self.__dict__.pop(name, None)
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean over the processes of ``torch.distributed``, which must all ask; the values themselves where there is one."""
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        values = values.clone()
+        torch.distributed.all_reduce(values)
+        return values / torch.distributed.get_world_size()
+    return values
+
+
+def _precision(p: Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def _precise(x: Tensor | None, p: Tensor) -> Tensor:
+    assert x is not None
+    return x.detach().to(_precision(p))
+
+
+def _values(params: Sequence[Tensor], members: Sequence[int]) -> Params:
+    return {str(place): _precise(params[place], params[place]) for place in members}
+
+
+def _layout(params: Sequence[Tensor], members: Sequence[int]) -> Layout:
+    return Layout.of({str(place): params[place] for place in members})
+
+
+def _descend(params: list[Tensor], moves: list[Tensor], group: dict[str, Any]) -> None:
+    if group["weight_decay"]:
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+    torch._foreach_add_(params, moves, alpha=-group["lr"])
+
+
+def _chosen(name: str, leaf: Tensor, shapes: Sequence[torch.Size], own: Sequence[bool]) -> Tensor:
+    """What chosen tensors have of a leaf that all share, or whose pieces (of these ``shapes``) follow each other along one axis."""
+    if all(shape == leaf.shape for shape in shapes):
+        return leaf
+    for axis in range(leaf.ndim):
+        sizes = [shape[axis] for shape in shapes if len(shape) == leaf.ndim]
+        others = leaf.shape[:axis] + leaf.shape[axis + 1 :]
+        if sum(sizes) == leaf.shape[axis] and all(s[:axis] + s[axis + 1 :] == others for s in shapes):
+            pieces = leaf.split(sizes, axis)
+            return torch.cat([piece for piece, mine in zip(pieces, own, strict=True) if mine], axis)
+    raise ValueError(
+        f"{name} of the rule's state belongs to several tensors, of which some have no gradient; accepted: gradients for all"
+    )

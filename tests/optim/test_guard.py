@@ -1,0 +1,320 @@
+import copy
+import functools
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from metalearn.optim.guard import GL2O, LossGuard
+from metalearn.optim.small_mlp import SmallMLP
+from metalearn.optim.torch_face import LearnedOptimizer
+
+PERIOD, STEPS = 4, 18
+SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+LEARNED = {
+    "adam": functools.partial(torch.optim.Adam, lr=0.05),  # good on some periods and not on others
+    "rule": functools.partial(LearnedOptimizer, rule=SmallMLP(), lr=20.0),
+    "explodes": functools.partial(torch.optim.SGD, lr=30.0),
+}
+
+
+class Breaks(torch.optim.SGD):
+    """Goes to no number at all at its third step, and keeps none of its momenta sound."""
+
+    def step(self, closure=None):
+        returned = super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            count = self.state[p]["count"] = self.state[p].get("count", 0) + 1
+            if count == 3:
+                with torch.no_grad():
+                    p.fill_(float("nan"))
+                self.state[p]["momentum_buffer"].fill_(float("inf"))
+        return returned
+
+
+LEARNED["breaks"] = functools.partial(Breaks, lr=0.2, momentum=0.9)
+
+
+class Task:
+    """A regression whose batch is a function of the step."""
+
+    def __init__(self, dropout=0.0):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Dropout(dropout), nn.Linear(5, 1)).double()
+        self.params = list(self.model.parameters())
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(STEPS + 2, 8, 3, generator=generator, dtype=torch.float64)
+        self.y = self.x.sin().sum(-1, keepdim=True)
+
+    def loss(self, step):
+        return functional.mse_loss(self.model(self.x[step]), self.y[step])
+
+    def closure(self, step, calls=None):
+        def closure():
+            self.model.zero_grad()
+            loss = self.loss(step)
+            loss.backward()
+            if calls is not None:
+                calls.append(loss.item())
+            return loss
+
+        return closure
+
+    def point(self):
+        return [p.detach().clone() for p in self.params]
+
+    def move(self, point):
+        for p, value in zip(self.params, point, strict=True):
+            p.data = value.clone()
+
+
+def alone(optimizer, steps=STEPS):
+    """The points that an optimizer goes through by itself."""
+    task = Task()
+    optimizer, points = optimizer(task.params), []
+    for step in range(steps):
+        optimizer.step(task.closure(step))
+        points.append(task.point())
+    return points
+
+
+def guarded(learned, guard=SGD, kind=LossGuard, task=None, **settings):
+    task = task or Task()
+    return kind(learned(task.params), guard(task.params), **settings), task
+
+
+def run(optimizer, task, steps):
+    points = []
+    for step in steps:
+        optimizer.step(task.closure(step))
+        points.append(task.point())
+    return points
+
+
+def assert_same(points, others):
+    torch.testing.assert_close(points, others, rtol=0, atol=0)
+
+
+def branch(build, point, state, start):
+    """Points after 1 ... PERIOD steps of one optimizer from a point, their losses on the next batches, and its state."""
+    task = Task()
+    task.move(point)
+    optimizer = build(task.params)
+    if state is not None:
+        optimizer.load_state_dict(copy.deepcopy(state))
+    begun, points, losses = copy.deepcopy(optimizer.state_dict()), [], []
+    for step in range(start, start + PERIOD):
+        optimizer.step(task.closure(step))
+        points.append(task.point())
+        losses.append(task.loss(step + 1).item())
+    return points, losses, begun, copy.deepcopy(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("learned", LEARNED.values(), ids=LEARNED.keys())
+def test_matches_branches_that_are_run_one_after_the_other(learned):
+    """Point by point, and never above the guard's branch on the batches of a period, by one bit."""
+    optimizer, task = guarded(learned, period=PERIOD)
+    builds, states = (learned, SGD), [None, None]
+    point, kept, chosen = task.point(), 1, []
+    for start in range(0, STEPS - PERIOD + 1, PERIOD):
+        points, losses, begun, ended = zip(
+            *(branch(*pair, start) for pair in zip(builds, [point] * 2, states, strict=True)), strict=True
+        )
+        found = run(optimizer, task, range(start, start + PERIOD))
+        for step in range(PERIOD):
+            sums = [sum(values[:step]) for values in losses]
+            leader = kept if not step else int(not (math.isfinite(sums[0]) and sums[0] <= sums[1]))
+            if not all(value.isfinite().all() for value in points[0][step]):
+                leader = 1
+            assert_same(found[step], points[leader][step])
+        sums = [sum(values) for values in losses]
+        kept = int(not (math.isfinite(sums[0]) and sums[0] <= sums[1]))
+        assert sums[kept] <= sums[1]
+        point, states = points[kept][-1], [ended[k] if k == kept else begun[k] for k in range(2)]
+        chosen.append(kept)
+    run(optimizer, task, [STEPS - 1])  # which ends the last period
+    assert optimizer.periods == len(chosen) and optimizer.periods_learned == chosen.count(0)
+    assert learned is not LEARNED["adam"] or set(chosen) == {0, 1}
+
+
+@pytest.mark.parametrize("kind", ["explodes", "breaks"])
+@pytest.mark.parametrize("period", [1, 3, 10])
+def test_follows_the_guard_exactly_where_the_learned_optimizer_diverges(kind, period):
+    optimizer, task = guarded(LEARNED[kind], period=period)
+    points = run(optimizer, task, range(STEPS))
+    expected = alone(SGD)
+    if kind == "explodes":
+        assert_same(points, expected)
+    if kind == "explodes" or period >= 3:  # what breaks is the best of all until it does
+        assert_same(points[::period], expected[::period])
+        assert optimizer.fraction_learned == 0.0
+    assert all(value.isfinite().all() for point in points for value in point)
+
+
+def test_follows_a_learned_optimizer_that_is_better_exactly():
+    learned = functools.partial(torch.optim.Adam, lr=0.01)
+    optimizer, task = guarded(learned, functools.partial(torch.optim.SGD, lr=0.0), period=3)
+    assert math.isnan(optimizer.fraction_learned)
+    points = run(optimizer, task, range(STEPS))
+    assert_same(points[1:], alone(learned)[1:])  # after one step nothing speaks for it yet
+    assert optimizer.fraction_learned == 1.0 and optimizer.periods == (STEPS - 1) // 3
+
+
+def test_a_margin_asks_for_more_than_a_tie():
+    tied, task = guarded(SGD, period=2)
+    run(tied, task, range(7))
+    strict, task = guarded(SGD, period=2, margin=1e-9)
+    run(strict, task, range(7))
+    assert (tied.fraction_learned, strict.fraction_learned) == (1.0, 0.0)
+
+
+def test_each_step_calls_the_closure_once_on_each_branch_with_the_same_draws():
+    optimizer, task = guarded(LEARNED["adam"], task=Task(dropout=0.5), period=3)
+    plain, other = SGD(Task().params), Task(dropout=0.5)
+    torch.manual_seed(5)
+    for step in range(4):
+        calls = []
+        returned = optimizer.step(task.closure(step, calls))
+        assert len(calls) == 2 and returned.item() == calls[0] and (step or calls[0] == calls[1])
+    after = torch.random.get_rng_state()
+    torch.manual_seed(5)
+    for step in range(4):
+        plain.step(other.closure(step))
+    assert torch.equal(after, torch.random.get_rng_state())  # as many as without a guard
+
+
+@pytest.mark.parametrize("learned", ["adam", "rule"])
+@pytest.mark.parametrize("stop", [1, 2, 4, 5, 7])
+def test_a_state_dictionary_goes_on_bit_for_bit_within_a_period(learned, stop):
+    whole, task = guarded(LEARNED[learned], period=PERIOD)
+    expected = run(whole, task, range(STEPS))
+    first, task = guarded(LEARNED[learned], period=PERIOD)
+    assert_same(run(first, task, range(stop)), expected[:stop])
+    file = io.BytesIO()
+    torch.save((first.state_dict(), task.model.state_dict()), file)
+    file.seek(0)
+    saved, model = torch.load(file, weights_only=True)
+    second, other = guarded(LEARNED[learned], period=PERIOD)
+    other.model.load_state_dict(model)
+    second.load_state_dict(saved)
+    assert_same(run(second, other, range(stop, STEPS)), expected[stop:])
+    assert second.state_dict()["state"]["periods"] == whole.periods
+    assert second.fraction_learned == whole.fraction_learned
+
+
+@pytest.mark.parametrize("kind", [LossGuard, GL2O])
+@pytest.mark.parametrize(
+    "through", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+def test_a_copy_goes_on_by_itself(kind, through):
+    optimizer, task = guarded(LEARNED["adam"], kind=kind)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # which puts a step of its own into the optimizer
+    run(optimizer, task, range(5))
+    copied, own = through((optimizer, task))
+    point = task.point()
+    later = run(copied, own, range(5, 12))
+    assert_same(task.point(), point)
+    assert_same(run(optimizer, task, range(5, 12)), later)
+
+
+def test_schedulers_change_both_rates_and_parameters_are_listed_once():
+    optimizer, task = guarded(LEARNED["adam"], period=2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 0.5**step, lambda step: 0.1**step])
+    for step in range(2):
+        optimizer.step(task.closure(step))
+        schedule.step()
+    assert optimizer.learned.param_groups[0]["lr"] == pytest.approx(0.05 / 4)
+    assert optimizer.guard.param_groups[0]["lr"] == pytest.approx(0.05 / 100)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(task.params)
+    other, _ = guarded(LEARNED["adam"], period=2)
+    other.load_state_dict(optimizer.state_dict())
+    assert [group["lr"] for group in other.param_groups] == pytest.approx([0.05 / 4, 0.05 / 100])
+    other.param_groups[1]["lr"] = 7.0
+    assert other.guard.param_groups[0]["lr"] == 7.0
+
+
+def test_closures_may_write_zeros_over_old_gradients():
+    plain, task = guarded(LEARNED["adam"], period=3)
+    expected = run(plain, task, range(STEPS))
+    optimizer, task = guarded(LEARNED["adam"], period=3)
+    for step in range(STEPS):
+
+        def closure(step=step):
+            optimizer.zero_grad(set_to_none=False)
+            loss = task.loss(step)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        assert_same(task.point(), expected[step])
+
+
+@pytest.mark.parametrize("kind", [LossGuard, GL2O])
+def test_what_cannot_be_guarded_is_refused(kind):
+    task, other = Task(), Task()
+    with pytest.raises(ValueError, match="learned and guard have other parameters; accepted"):
+        kind(SGD(task.params), SGD(other.params))
+    with pytest.raises(ValueError, match="an optimizer is LBFGS; accepted"):
+        kind(torch.optim.LBFGS(task.params), SGD(task.params))
+    optimizer = kind(SGD(task.params), SGD(task.params))
+    with pytest.raises(ValueError, match="closure is None; accepted: a function"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="closure returns None; accepted: the loss"):
+        optimizer.step(lambda: None)
+    with pytest.raises(ValueError, match="a group is added to a guard; accepted"):
+        optimizer.add_param_group({"params": other.params})
+    with pytest.raises(ValueError, match=r"the state lacks \[.*'guard', .*; accepted: that of a"):
+        optimizer.load_state_dict(SGD(task.params).state_dict())
+    for name in ("period", "margin") if kind is LossGuard else ("alpha", "theta"):
+        with pytest.raises(ValueError, match=f"{name} is -1; accepted"):
+            kind(SGD(task.params), SGD(task.params), **{name: -1})
+
+
+@pytest.mark.parametrize("learned_lr", [0.3, 1.9, 2.5])
+def test_matches_safe_l2o_on_a_parabola(learned_lr):
+    """f = x^2 / 2: the guard's step of rate b is ``(1 - b) x``, and its residual b |x|."""
+    x, (alpha, theta, b) = 3.0, (0.95, 0.4, 0.5)
+    p = nn.Parameter(torch.tensor(x, dtype=torch.float64))
+    optimizer = GL2O(torch.optim.SGD([p], lr=learned_lr), torch.optim.SGD([p], lr=b), alpha, theta)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p**2 / 2
+        loss.backward()
+        return loss
+
+    mu, accepted = b * x, 0
+    for _ in range(12):
+        loss = optimizer.step(closure)
+        assert loss.item() == pytest.approx(x**2 / 2)
+        y = (1 - learned_lr) * x
+        if b * abs(y) <= alpha * mu:
+            x, mu, accepted = y, theta * b * abs(y) + (1 - theta) * mu, accepted + 1
+        else:
+            x = (1 - b) * x
+        assert p.item() == pytest.approx(x, rel=1e-12) and optimizer.mu == pytest.approx(mu, rel=1e-12)
+    assert optimizer.accepted == accepted and optimizer.fraction_learned == accepted / 12
+
+
+def test_safe_l2o_follows_the_guard_exactly_where_the_learned_optimizer_diverges():
+    """With a guard that has momentum, which residuals leave as it was."""
+    optimizer, task = guarded(LEARNED["explodes"], kind=GL2O)
+    assert_same(run(optimizer, task, range(STEPS)), alone(SGD))
+    assert optimizer.accepted == 0
+
+
+def test_safe_l2o_goes_on_bit_for_bit():
+    whole, task = guarded(LEARNED["rule"], kind=GL2O)
+    expected = run(whole, task, range(STEPS))
+    assert 0 < whole.accepted < STEPS
+    first, task = guarded(LEARNED["rule"], kind=GL2O)
+    run(first, task, range(7))
+    second, other = guarded(LEARNED["rule"], kind=GL2O)
+    other.move(task.point())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert_same(run(second, other, range(7, STEPS)), expected[7:])
+    assert second.accepted == whole.accepted
