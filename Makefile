@@ -10,7 +10,7 @@ run: .venv/ready          ## meta-train on scikit-learn's digits, then print the
 	.venv/bin/metalearn test $(QUICK)
 
 test: .venv/ready         ## the whole suite, quick
-	.venv/bin/pytest -q
+	.venv/bin/pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 test-slow: .venv/ready    ## what takes over a minute
 	.venv/bin/pytest -q -m slow --timeout 3600

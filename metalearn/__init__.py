@@ -6,16 +6,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from metalearn.classifier import InContextClassifier
     from metalearn.losses.learned import LearnedLoss, load_loss
+    from metalearn.optim.guard import GL2O, LossGuard
+    from metalearn.optim.torch_face import LearnedOptimizer
     from metalearn.regressor import InContextRegressor
 
 _EXPORTS = {  # imported when first asked for: torch takes a second
     "InContextClassifier": "metalearn.classifier",
     "InContextRegressor": "metalearn.regressor",
+    "GL2O": "metalearn.optim.guard",
     "LearnedLoss": "metalearn.losses.learned",
+    "LearnedOptimizer": "metalearn.optim.torch_face",
+    "LossGuard": "metalearn.optim.guard",
     "load_loss": "metalearn.losses.learned",
 }
 
-__all__ = ["InContextClassifier", "InContextRegressor", "LearnedLoss", "load_loss"]
+__all__ = [
+    "GL2O",
+    "InContextClassifier",
+    "InContextRegressor",
+    "LearnedLoss",
+    "LearnedOptimizer",
+    "LossGuard",
+    "load_loss",
+]
 
 
 def __getattr__(name: str) -> Any:

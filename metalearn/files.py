@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_whole(path: str | Path, text: str) -> None:
-    """Write a text file whole or not at all: a partial one is put in its place when it is complete."""
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """Write a file whole or not at all: a partial one is put in its place when it is complete. Text is UTF-8."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
+    with open(partial, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())  # a file that was renamed before it reached the disk is empty after a power failure
     partial.replace(path)

@@ -65,7 +65,8 @@ def fixed_point(coordinate: Coordinate, grad: float = 0.0, step: int = 0, iterat
     Raises:
         ValueError: for values out of range.
 
-    Source: Sussillo and Barak 2013, "Opening the Black Box", section 2.
+    Source: Sussillo and Barak 2013, "Opening the Black Box: Low-Dimensional Dynamics in High-Dimensional Recurrent Neural
+    Networks".
     """
     require_range("step", step, 0)
     require_range("iterations", iterations, 1)

@@ -6,8 +6,7 @@ is below 1, whatever the noise.
 
 Letters: R runs, T steps, D dimensions, N numbers of a rule's state per parameter.
 
-Source: Harrison et al. 2022, "A Closer Look at Learned Optimization: Stability, Robustness, and Inductive Biases",
-section 4.
+Source: Harrison et al. 2022, "A Closer Look at Learned Optimization: Stability, Robustness, and Inductive Biases".
 """
 
 import math
@@ -132,7 +131,7 @@ def growth(losses: Sequence[float]) -> float:
     """The factor by which a run's distance from the minimum grows per step: ``exp`` of half the slope of its log loss.
 
     The slope is the least-squares one over the second half of the steps before the loss overflows or vanishes. Without noise
-    it tends to the spectral radius; with noise it is 1 where the run is stable.
+    it tends to the spectral radius; with noise it is about 1 where the run is stable.
 
     Args:
         losses: of one run, step by step, at least 4 of them positive and finite.

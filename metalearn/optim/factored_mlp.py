@@ -30,7 +30,7 @@ ROWS, COLUMNS = (slice(13, 16), slice(19, 22)), (slice(16, 19), slice(22, 25))
 TIME = slice(28, 28 + len(TIME_SCALES))
 NUM_DENSE, NUM_FEATURES = 16, TIME.stop
 ROOT_EPS, FACTOR_EPS = 1e-6, 1e-8
-PIECE = 2**20  # floats of a piece, features and hidden units together, per thread: what stays in a core's cache
+PIECE = 2**21  # floats of a piece, features and hidden units together, per thread: what stays in a core's cache
 _SPREAD = (..., *[None] * len(AXES))  # index that sets a value against five axes
 UNROLLED = 8  # hidden units up to which a compiler is given sums instead of matrix products, which it cannot fuse
 
@@ -121,35 +121,31 @@ class FactoredRule(LearnedRule):
 
     def _tensor(self, meta: Params, bias: Tensor, planes: Planes, own: Own) -> Tensor:
         """The step (…, n) of one tensor."""
-        factors, (axis, cuts) = _factors(planes, own), self._cuts(planes, own.gradient)
-
-        def piece(begin: int, length: int) -> Features:
-            return _features(
-                *(_narrow(x, axis, begin, length) for x in (*own[:4], *factors)), factored=own.column is not None
-            )
-
-        whole = piece(*cuts[0]) if len(cuts) == 1 else None
-        energy = torch.stack([_energy(whole or piece(*cut)) for cut in cuts]).sum(0) / math.prod(planes.shape)
+        axis, length = self._cut(planes, own.gradient)
+        size, factored = planes.shape[axis], own.column is not None
+        spread = _spread(meta["weight_0"], own)
+        parts = [_split(x, axis, size, length) for x in (*own[:4], *_factors(planes, own), *(x for x, _ in spread))]
+        pieces = list(zip(*parts, strict=True))
+        whole = _features(*pieces[0][:6], factored=factored) if len(pieces) == 1 else None
+        energies = [_energy(whole or _features(*piece[:6], factored=factored)) for piece in pieces]
+        energy = torch.stack(energies).sum(0) / math.prod(planes.shape)
         first = _rows(meta["weight_0"], DENSE) * _normaliser(energy).unsqueeze(-1)
         later = [(meta[f"weight_{k}"], meta[f"bias_{k}"]) for k in range(1, len(self.hidden_sizes) + 1)]
-        spread = _spread(meta["weight_0"], own)
         network = _sums if torch.compiler.is_compiling() and max(self.hidden_sizes) <= UNROLLED else _products
         steps = []
-        for cut in cuts:
-            features = whole or piece(*cut)
-            added = _answers([(_narrow(x, axis, *cut), weight) for x, weight in spread], bias)
+        for piece in pieces:
+            features = whole or _features(*piece[:6], factored=factored)
+            added = _answers(piece[6:], [weight for _, weight in spread], bias)
             steps.append(self.combine(network(first, added, later, features), features))
         return torch.cat(steps, axis).flatten(-6)
 
-    def _cuts(self, planes: Planes, like: Tensor) -> tuple[int, list[tuple[int, int]]]:
-        """The axis along which a tensor is cut, and where each piece begins and how long it is."""
+    def _cut(self, planes: Planes, like: Tensor) -> tuple[int, int]:
+        """The axis along which a tensor is cut, and how long a piece is."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not like.is_cpu:
-            return FIRST, [(0, planes.shape[FIRST])]
+            return FIRST, planes.shape[FIRST]
         entries = PIECE * torch.get_num_threads() // (3 * NUM_DENSE + 2 * max(self.hidden_sizes))
         axis = FIRST if like.numel() // planes.shape[FIRST] <= entries else SECOND
-        size = planes.shape[axis]
-        length = max(1, entries * size // like.numel())
-        return axis, [(begin, min(length, size - begin)) for begin in range(0, size, length)]
+        return axis, max(1, entries * planes.shape[axis] // like.numel())
 
 
 class FactoredMLP(FactoredRule):
@@ -240,18 +236,18 @@ def _spread(weight: Tensor, own: Own) -> list[tuple[Tensor, Tensor]]:
     return scaled
 
 
-def _answers(spread: Sequence[tuple[Tensor, Tensor]], bias: Tensor) -> list[Tensor]:
+def _answers(parts: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor) -> list[Tensor]:
     """The first layer's answers (…, h, 5) to a piece's rows and columns, and its bias."""
     answers = []
-    for squares, weights in spread:
+    for squares, weight in zip(parts, weights, strict=True):
         features = torch.cat([squares, (squares + FACTOR_EPS).rsqrt()], -6).flatten(-5)
-        answers.append((weights.mT @ features).unflatten(-1, squares.shape[-5:]))
+        answers.append((weight.mT @ features).unflatten(-1, squares.shape[-5:]))
     return [answers[0] + bias[_SPREAD], *answers[1:]]
 
 
-def _narrow(x: Tensor, axis: int, begin: int, length: int) -> Tensor:
-    """A piece along an axis; all of what is spread along it."""
-    return x if x.shape[axis] == 1 else x.narrow(axis, begin, length)
+def _split(x: Tensor, axis: int, size: int, length: int) -> Sequence[Tensor]:
+    """Pieces along an axis; all of what is spread along it, for each of them."""
+    return x.split(length, axis) if x.shape[axis] == size else [x] * -(-size // length)
 
 
 # -- the network -------------------------------------------------------------------------------------------------------
@@ -261,14 +257,19 @@ Layers = Sequence[tuple[Tensor, Tensor]]  # weights (…, in, out) and biases (�
 
 def _products(first: Tensor, added: Sequence[Tensor], later: Layers, features: Features) -> Sequence[Tensor]:
     """The outputs, each (…, 1, 5), by matrix products."""
-    x = torch.cat(features, -6)
+    x, answer = torch.cat(features, -6), functools.reduce(torch.add, added)
     shape = x.shape[-5:]
-    x = (first.mT @ x.flatten(-5)).unflatten(-1, shape)
-    for answer in added:
-        x = x + answer
+    x = _affine(first, answer.flatten(-5), x.flatten(-5))
     for weight, bias in later:
-        x = (weight.mT @ x.relu().flatten(-5) + bias.unsqueeze(-1)).unflatten(-1, shape)
-    return x.split(1, -6)
+        x = _affine(weight, bias.unsqueeze(-1), x.relu())
+    return x.unflatten(-1, shape).split(1, -6)
+
+
+def _affine(weight: Tensor, added: Tensor, x: Tensor) -> Tensor:
+    """``weight^T x + added``, of (…, in, out), (…, out, n or 1) and (…, in, n); in one go without leading axes."""
+    if x.dim() == weight.dim() == added.dim() == 2:
+        return torch.addmm(added, weight.mT, x)
+    return weight.mT @ x + added
 
 
 def _sums(first: Tensor, added: Sequence[Tensor], later: Layers, features: Features) -> Sequence[Tensor]:

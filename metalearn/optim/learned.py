@@ -60,7 +60,11 @@ class LearnedRule(Rule):
 
     @abstractmethod
     def start(self, meta: Params, layout: Layout, params_P: Tensor) -> Tree:
-        """The state before the first update: nested dictionaries of tensors, those of parameters (…, P)."""
+        """The state before the first update: nested dictionaries of tensors.
+
+        A leaf is one for all parameters, or has along one axis what belongs to each tensor, in the layout's order: (…, P)
+        where that is a number for each parameter.
+        """
 
     @abstractmethod
     def direction(

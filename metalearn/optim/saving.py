@@ -8,7 +8,6 @@ import copy
 import importlib
 import json
 import operator
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from metalearn.base import Params
+from metalearn.files import write_whole
 from metalearn.optim.learned import LearnedRule
 
 CARD = "metalearn"
@@ -67,12 +67,7 @@ def save_rule(path: str | Path, rule: LearnedRule, meta: Params | None = None, *
     except TypeError as error:
         raise ValueError(f"provenance is {provenance!r}; accepted: builtins ({error})") from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())  # a file that was renamed before it reached the disk is empty after a power failure
-    partial.replace(path)
+    write_whole(path, content)
 
 
 def load_rule(rule: str | Path, trusted_classes: Sequence[type[LearnedRule]] = ()) -> LearnedRule:

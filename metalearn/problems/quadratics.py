@@ -1,6 +1,5 @@
 """Random quadratics, the first thing that an optimizer was ever taught to optimize."""
 
-import math
 from typing import Any
 
 import torch
@@ -74,5 +73,6 @@ class Quadratics(Descent):
         assert self.rule is not None
         keys_R = random.fold(key, torch.arange(RUNS, device=key.device))
         losses_RT = curves(self, self.rule, meta, keys_R, self.num_steps)
-        final = float(losses_RT[:, -1].mean())
-        return {"mean_loss": float(losses_RT.mean()), "final_loss": final, "log_final_loss": math.log10(final)}
+        final = losses_RT[:, -1].mean()
+        found = {"mean_loss": losses_RT.mean(), "final_loss": final, "log_final_loss": final.log10()}
+        return {name: float(value) for name, value in found.items()}

@@ -7,7 +7,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-from metalearn import random
+from metalearn import files, random
 from metalearn.optim import saving
 from metalearn.optim.learned import LearnedRule
 from metalearn.optim.mlp import MLPRule
@@ -95,7 +95,7 @@ def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path, rule, monkeypat
     path = tmp_path / "rule.safetensors"
     save_rule(path, rule)
     before = path.read_bytes()
-    monkeypatch.setattr(saving.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_rule(path, SmallMLP())
     assert path.read_bytes() == before
