@@ -261,7 +261,7 @@ def _products(first: Tensor, added: Sequence[Tensor], later: Layers, features: F
     shape = x.shape[-5:]
     x = _affine(first, answer.flatten(-5), x.flatten(-5))
     for weight, bias in later:
-        x = _affine(weight, bias.unsqueeze(-1), x.relu())
+        x = _affine(weight, bias.unsqueeze(-1), x.relu_())
     return x.unflatten(-1, shape).split(1, -6)
 
 
