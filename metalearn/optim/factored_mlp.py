@@ -30,7 +30,7 @@ ROWS, COLUMNS = (slice(13, 16), slice(19, 22)), (slice(16, 19), slice(22, 25))
 TIME = slice(28, 28 + len(TIME_SCALES))
 NUM_DENSE, NUM_FEATURES = 16, TIME.stop
 ROOT_EPS, FACTOR_EPS = 1e-6, 1e-8
-PIECE = 2**21  # floats of a piece, features and hidden units together, per thread: what stays in a core's cache
+PIECE = 2**20  # floats of a piece, features and hidden units together, per thread: what stays in a core's cache
 _SPREAD = (..., *[None] * len(AXES))  # index that sets a value against five axes
 UNROLLED = 8  # hidden units up to which a compiler is given sums instead of matrix products, which it cannot fuse
 
