@@ -17,6 +17,4 @@ def keep_freed_memory() -> bool:
         Whether it does from now on; false where the C library is not glibc, and where nothing is changed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all(
-        [mallopt(_TRIM_THRESHOLD, _LARGEST), mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP)]
-    )
+    return mallopt is not None and all([mallopt(_TRIM_THRESHOLD, _LARGEST), mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP)])

@@ -88,6 +88,12 @@ def normal(key: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     return halves.float().mul_(_UNIT).erfinv_().mul_(math.sqrt(2)).reshape((*key.shape, *shape))
 
 
+def truncated_normal(key: Tensor, shape: tuple[int, ...] = (), cut: float = 2.0) -> Tensor:
+    """float32 standard normals, those left out that are more than ``cut`` away from 0: (*key.shape, *shape)."""
+    share = math.erf(cut / math.sqrt(2))  # of those that stay
+    return uniform(key, shape).mul_(2).sub_(1).mul_(share).erfinv_().mul_(math.sqrt(2))
+
+
 def integers(key: Tensor, shape: tuple[int, ...], high: int | Tensor) -> Tensor:
     """int64 uniform in [0, high), 1 <= high <= 2^31: (*key.shape, *shape). The bias of the multiply-shift is below high / 2^32.
 

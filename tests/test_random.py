@@ -96,6 +96,13 @@ def test_refuses_a_range_it_cannot_draw_from(high):
         random.integers(random.key(0), (2,), high)
 
 
+@pytest.mark.parametrize("cut", [0.5, 2.0])
+def test_truncated_normals_follow_their_law(cut):
+    values = random.truncated_normal(random.key(0), (20_000,), cut)
+    assert values.abs().max() <= cut + 1e-6
+    assert stats.kstest(values.double().numpy(), stats.truncnorm(-cut, cut).cdf).pvalue > 0.01
+
+
 def test_integers_below_bounds_of_their_own_match_one_by_one():
     keys, high = random.fold(random.key(0), torch.arange(12)).view(4, 3), torch.tensor([[1], [7], [1000], [2**31]])
     drawn = random.integers(keys, (50,), high)

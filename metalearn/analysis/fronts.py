@@ -27,10 +27,11 @@ def dominators(frame: pd.DataFrame, costs: Sequence[str], name: str = "name") ->
     if not len(frame) or not costs:
         raise ValueError(f"the frame has {len(frame)} rows, costs is {list(costs)!r}; accepted: at least one of each")
     values = _costs(frame, costs)
-    no_worse = (values[:, None] <= values).all(-1)  # [i, j]: i in comparison with j
-    better = no_worse & (values[:, None] < values).any(-1)
-    names = list(frame[name])
-    return [[names[i] for i in np.flatnonzero(column)] for column in better.T]
+    names, above = list(frame[name]), []
+    for own in values:
+        better = (values <= own).all(1) & (values < own).any(1)
+        above.append([names[i] for i in np.flatnonzero(better)])
+    return above
 
 
 def plot_front(

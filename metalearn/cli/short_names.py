@@ -20,8 +20,8 @@ import metalearn.models.transformer
 import metalearn.models.vision
 import metalearn.multilevel.reweighting
 import metalearn.optim.first_order
-import metalearn.optim.small_mlp
 import metalearn.optim.sign_momentum
+import metalearn.optim.small_mlp
 import metalearn.problems.data_weights
 import metalearn.problems.distillation
 import metalearn.problems.few_shot

@@ -30,7 +30,7 @@ ROWS, COLUMNS = (slice(13, 16), slice(19, 22)), (slice(16, 19), slice(22, 25))
 TIME = slice(28, 28 + len(TIME_SCALES))
 NUM_DENSE, NUM_FEATURES = 16, TIME.stop
 ROOT_EPS, FACTOR_EPS = 1e-6, 1e-8
-PIECE = 2**20  # floats of a piece, features and hidden units together, per thread: what stays in a core's cache
+PIECE = 2**21  # floats of a piece, features and hidden units together, per thread: what stays in a core's cache
 _SPREAD = (..., *[None] * len(AXES))  # index that sets a value against five axes
 UNROLLED = 8  # hidden units up to which a compiler is given sums instead of matrix products, which it cannot fuse
 
@@ -91,7 +91,7 @@ class FactoredRule(LearnedRule):
         meta = {}
         sizes = [NUM_FEATURES, *self.hidden_sizes, self.num_outputs]
         for k, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
-            meta[f"weight_{k}"] = truncated_normal(random.fold(key, k), (inputs, outputs)) / math.sqrt(inputs)
+            meta[f"weight_{k}"] = random.truncated_normal(random.fold(key, k), (inputs, outputs)) / math.sqrt(inputs)
             meta[f"bias_{k}"] = torch.zeros(outputs, device=key.device)
         decays = {"momentum": MOMENTUM_DECAYS, "square": SQUARE_DECAYS, "factored": FACTORED_DECAYS}
         return meta | {f"{name}_decay": torch.zeros(len(own), device=key.device) for name, own in decays.items()}
@@ -143,7 +143,7 @@ class FactoredRule(LearnedRule):
         """The axis along which a tensor is cut, and how long a piece is."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not like.is_cpu:
             return FIRST, planes.shape[FIRST]
-        entries = PIECE * torch.get_num_threads() // (3 * NUM_DENSE + 2 * max(self.hidden_sizes))
+        entries = PIECE * torch.get_num_threads() // (3 * NUM_DENSE + 4 * max(self.hidden_sizes))
         axis = FIRST if like.numel() // planes.shape[FIRST] <= entries else SECOND
         return axis, max(1, entries * planes.shape[axis] // like.numel())
 
@@ -175,12 +175,6 @@ class FactoredMLP(FactoredRule):
     def combine(self, outputs: Sequence[Tensor], features: Features) -> Tensor:
         direction, magnitude = outputs
         return direction * (magnitude * self.exp_mult).exp() * self.step_mult
-
-
-def truncated_normal(key: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normals, those left out that are more than 2 away from 0: (*key.shape, *shape)."""
-    share = math.erf(math.sqrt(2))  # of those that stay
-    return math.sqrt(2) * torch.erfinv(share * (2 * random.uniform(key, shape) - 1))
 
 
 # -- features ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from metalearn.optim.learned import LearnedRule, weight
 
 PREPROCESSING = ("none", "paper", "released")
 FORGET_BIAS = 1.0
-CUT = 2.0  # standard deviations, beyond which no initial weight lies
 
 
 class CoordinateLSTM(LearnedRule):
@@ -60,16 +59,15 @@ class CoordinateLSTM(LearnedRule):
         return 1 if self.preprocessing == "none" else 2
 
     def init_meta(self, key: Tensor) -> Params:
-        sizes, weights = [self.num_inputs, *self.layers], {}
+        sizes, weights, drawn = [self.num_inputs, *self.layers], {}, random.truncated_normal
         for layer, (below, size) in enumerate(zip(sizes, self.layers, strict=False)):
-            own = random.fold(key, layer)
+            own, scale = random.fold(key, layer), 1 / math.sqrt(below + size)
             forgets = torch.arange(4 * size, device=key.device) // size == 1
-            weights[f"{layer}/weight"] = _cut_normal(random.fold(own, "weight"), (below + size, 4 * size), below + size)
-            weights[f"{layer}/bias"] = _cut_normal(random.fold(own, "bias"), (4 * size,), below + size)
-            weights[f"{layer}/bias"] += FORGET_BIAS * forgets
-        own = random.fold(key, "head")
-        weights["head/weight"] = _cut_normal(random.fold(own, "weight"), (sizes[-1], 1), sizes[-1])
-        weights["head/bias"] = _cut_normal(random.fold(own, "bias"), (1,), sizes[-1])
+            weights[f"{layer}/weight"] = scale * drawn(random.fold(own, "weight"), (below + size, 4 * size))
+            weights[f"{layer}/bias"] = scale * drawn(random.fold(own, "bias"), (4 * size,)) + FORGET_BIAS * forgets
+        own, scale = random.fold(key, "head"), 1 / math.sqrt(sizes[-1])
+        weights["head/weight"] = scale * drawn(random.fold(own, "weight"), (sizes[-1], 1))
+        weights["head/bias"] = scale * drawn(random.fold(own, "bias"), (1,))
         return weights
 
     def start(self, meta: Params, layout: Layout, params_P: Tensor) -> Tree:
@@ -126,10 +124,3 @@ def log_and_sign(values: Tensor, p: float, added: float = 0.0) -> Tensor:
     """
     size = (values.abs() + added).clamp(min=math.exp(-p))
     return torch.stack([size.log() / p, (values * math.exp(p)).clamp(-1, 1)], -1)
-
-
-def _cut_normal(key: Tensor, shape: tuple[int, ...], fan_in: int) -> Tensor:
-    """Normal numbers of standard deviation 1 / sqrt(fan_in), without those beyond ``CUT`` of these."""
-    inside = math.erf(CUT / math.sqrt(2))
-    uniform = (2 * random.uniform(key, shape) - 1) * inside
-    return uniform.erfinv() * math.sqrt(2 / fan_in)

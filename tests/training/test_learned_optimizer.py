@@ -102,5 +102,5 @@ def test_what_cannot_be_meta_trained_is_refused(learn, tmp_path):
         LearnedOptimizerTraining(optimizee(), NoiseReuseES(), 3, make, horizons=(0,))
     keep = functools.partial(learn, RunCheckpoint(str(tmp_path), 2), enable_checkpointing=True)
     keep(max_steps=2)
-    with pytest.raises(ValueError, match="trained with rule .*LearnableSGD.*, not .*Scaled"):
+    with pytest.raises(ValueError, match=r"trained with rule .*LearnableSGD.*, not .*Scaled"):
         keep(problem=optimizee(rule=Scaled()), max_steps=4, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
