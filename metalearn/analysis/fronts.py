@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from metalearn.analysis.curves import COLOURS, MARKERS
 
+SHAPES = (*MARKERS, "<", ">")  # more than colours, so that the two together do not come again
+
 
 def dominators(frame: pd.DataFrame, costs: Sequence[str], name: str = "name") -> list[list[str]]:
     """For each row the names of those that are no worse in any cost and better in one; empty on the front.
@@ -54,7 +56,7 @@ def plot_front(
     edge = frame.loc[[not others for others in dominators(frame, [x, y], name)]].sort_values(x)
     ax.step(edge[x], edge[y], where="post", color="0.5", linestyle=":", linewidth=1.2)
     above = dominators(frame, costs, name)
-    for (_, row), others, colour, marker in zip(frame.iterrows(), above, cycle(COLOURS), cycle(MARKERS), strict=False):
+    for (_, row), others, colour, marker in zip(frame.iterrows(), above, cycle(COLOURS), cycle(SHAPES), strict=False):
         if f"{y}_low" in frame and np.isfinite([row[f"{y}_low"], row[f"{y}_high"]]).all():
             ax.vlines(row[x], row[f"{y}_low"], row[f"{y}_high"], color=colour, alpha=0.5, linewidth=1.4)
         style = {"markeredgecolor": colour, "markerfacecolor": "white" if others else colour, "markersize": 8}

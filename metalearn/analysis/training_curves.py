@@ -4,6 +4,7 @@ Frames are ``<stage>_curves.csv`` of a run that meta-trained an optimizer: colum
 meta-training), optimizer, lr, step, loss (mean over runs), standard_error.
 """
 
+import math
 from itertools import cycle
 from pathlib import Path
 
@@ -37,31 +38,30 @@ def summarise_training(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per problem, horizon and optimizer: lr, mean_loss over all steps, final_loss over the last tenth."""
     _require_columns(frame)
     rows = []
-    for place, group in frame.groupby(["problem", "horizon", "optimizer"], sort=False):
-        losses = group.sort_values("step")["loss"]
+    for _, group in frame.groupby(["problem", "horizon", "optimizer"], sort=False):
+        losses, first = group.sort_values("step")["loss"], group.iloc[0]
         final = losses.tail(max(1, len(losses) // TAIL)).mean()
-        names = dict(zip(["problem", "horizon", "optimizer"], place, strict=True))
-        rows.append(names | {"lr": group["lr"].iloc[0], "mean_loss": losses.mean(), "final_loss": final})
+        place = {name: first[name] for name in ("problem", "horizon", "optimizer", "lr")}
+        rows.append(place | {"mean_loss": losses.mean(), "final_loss": final})
     return pd.DataFrame(rows)
 
 
 def format_training(frame: pd.DataFrame) -> str:
     """The summary as text: a line per optimizer, and for each horizon the mean loss over all steps and over the last tenth."""
-    summary = summarise_training(frame)
-    horizons, lines = list(summary["horizon"].unique()), []
+    summary, lines = summarise_training(frame), []
+    problems, horizons = summary["problem"].unique(), summary["horizon"].unique()
     columns = "".join(f"{f'{horizon}x: mean':>14}{'end':>10}{'lr':>9}" for horizon in horizons)
-    for problem, of_problem in summary.groupby("problem"):
-        title = "optimizer" if summary["problem"].nunique() == 1 else f"problem {problem}"
-        lines.append(f"{title:<22}{columns}")
-        for name, own in of_problem.groupby("optimizer", sort=False):
-            cells = "".join(_cells(row) for _, row in own.iterrows())
-            lines.append(f"{name:<22}{cells}")
+    for problem in problems:
+        of_problem = summary[summary["problem"] == problem]
+        lines.append(f"{'optimizer' if len(problems) == 1 else f'problem {problem}':<22}{columns}")
+        for name in dict.fromkeys(of_problem["optimizer"]):
+            own = of_problem.loc[of_problem["optimizer"] == name, ["mean_loss", "final_loss", "lr"]]
+            lines.append(f"{name:<22}{''.join(_cells(*row) for row in own.to_numpy().tolist())}")
     return "\n".join(lines)
 
 
-def _cells(row: pd.Series) -> str:
-    rate = "" if pd.isna(row["lr"]) else f"{row['lr']:g}"
-    return f"{row['mean_loss']:>14.4f}{row['final_loss']:>10.4f}{rate:>9}"
+def _cells(mean: float, final: float, lr: float) -> str:
+    return f"{mean:>14.4f}{final:>10.4f}{'' if math.isnan(lr) else f'{lr:g}':>9}"
 
 
 def plot_training_runs(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -87,13 +87,13 @@ def plot_training_runs(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         _draw(frame, ax)
         ax.legend(frameon=False)
         return ax
-    columns = frame["horizon"].nunique()
-    rows = len(panels) // columns
-    figure = Figure(figsize=(4.6 * columns, 3.4 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for own, ((problem, horizon), group) in zip(axes, panels, strict=True):
+    problems, horizons = list(frame["problem"].unique()), list(frame["horizon"].unique())
+    figure = Figure(figsize=(4.6 * len(horizons), 3.4 * len(problems)), layout="constrained")
+    axes = figure.subplots(len(problems), len(horizons), squeeze=False).flat
+    for own, (_, group) in zip(axes, panels, strict=True):
         _draw(group, own)
-        own.set_title(f"{horizon} x the horizon" + (f", problem {problem}" if rows > 1 else ""))
+        problem = f", problem {group['problem'].iloc[0]}" if len(problems) > 1 else ""
+        own.set_title(f"{group['horizon'].iloc[0]} x the horizon{problem}")
     figure.axes[0].legend(frameon=False)
     return figure.axes[0]
 

@@ -167,6 +167,7 @@ class Optimizee(TrainingRun):
         return ((steps / self.multiple_of).round().clamp(min=1) * self.multiple_of).long().clamp(max=self.horizon)
 
     def step(self, meta: Params, state: InnerState, batch: Any, key: Tensor) -> tuple[InnerState, StepOutput]:
+        assert self.horizon is not None
         grads, loss, buffers = inner_gradient(self, meta, state, self._drawn(self.part, key), key)
         if not self.second_derivatives:
             grads = tree.detach(grads)
