@@ -1,0 +1,226 @@
+"""Which estimator meta-trains an optimizer best, and what the length of its windows does: persistent against truncated ones.
+
+    python -m experiments.pes_vs_truncated [--windows 2 10 50] [--seeds 3] [--inner_steps 6000] [--out runs/pes_vs_truncated]
+
+A ``SmallMLP`` is meta-trained on the task of configs/learned_optimizer/digits_mlp.yaml (100 steps of a network of 64-32-10 units on
+scikit-learn's digits) by PES, GPES that draws anew every 20 steps, NRES, truncated ES and truncated backpropagation. All have
+32 runs at a time (16 pairs), the same outer optimizer (Adam at 0.01, gradients clipped to the norm 1) and, for a given
+window, the same number of outer steps: 6000 / window, so that longer windows see as much of the runs in fewer steps.
+Truncated ES takes a third run per pair. Backpropagation goes through the gradients of the inner runs, too.
+
+Judged is the mean loss of 32 new runs on the digits of "test" over the 100 steps of meta-training and over 300, as a share
+of that of Adam at the best of 13 learning rates for the same steps (by 16 runs on training digits); and of the last tenth of
+the steps. Differences from NRES with the same window, above 0 where NRES is better, are paired by seed, with a bootstrap interval;
+seeds vary everything. Figures show the share over 100 steps on the way.
+
+Takes about 26 CPU minutes a seed, a third of them for backpropagation. Each trial is kept when it is done, weights beside it,
+and the same command goes on with those that are missing.
+
+Source: Vicol et al. 2021, "Unbiased Gradient Estimation in Unrolled Computation Graphs with Persistent Evolution Strategies",
+section 5.4; Li et al. 2023, "Noise-Reuse in Online Evolution Strategies", section 5. Differs from the papers: one small task, on
+which what helps within a window helps later, too.
+"""
+
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from experiments.meta_trained import (
+    Budget,
+    at_best_rate,
+    command,
+    digits_task,
+    gather,
+    measured,
+    meta_train,
+    parsed,
+    runs,
+)
+from metalearn.analysis.compare import format_table, paired_comparison, write_table
+from metalearn.analysis.meta import Point, save_meta_training
+from metalearn.analysis.trials import trial_frame
+from metalearn.base import Estimator, InnerProblem, Params, require_range
+from metalearn.estimators.evolution import GeneralizedPersistentES, NoiseReuseES, PersistentES, TruncatedES
+from metalearn.estimators.unrolled import Unrolled
+from metalearn.optim.saving import save_rule
+from metalearn.optim.small_mlp import SmallMLP
+from metalearn.problems.baselines import HAND_MADE, curves
+from metalearn.problems.optimizees import Optimizee
+from metalearn.unroll import Tasks
+
+
+class Scale(NamedTuple):
+    """Sizes of a trial."""
+
+    inner_steps: int = 6000  # of every run, over all episodes
+    horizon: int = 100
+    pairs: int = 16
+    tuning_runs: int = 16
+    runs: int = 32
+    measurements: int = 6  # on the way, evenly spread
+
+
+SMOKE = Scale(inner_steps=10, horizon=10, pairs=2, tuning_runs=1, runs=2, measurements=2)
+MULTIPLES = (1, 3)  # of the horizon
+ADAM, NRES, BACKPROPAGATION = "Adam", "NRES", "truncated backprop"
+SETTINGS = {"std": 0.01, "stagger": True, "loss_cap": 20.0}  # of all evolution strategies
+EVOLUTION: dict[str, Callable[[int], Estimator]] = {
+    NRES: lambda pairs: NoiseReuseES(pairs, **SETTINGS),
+    "PES": lambda pairs: PersistentES(pairs, **SETTINGS),
+    "GPES": lambda pairs: GeneralizedPersistentES(pairs, resample_every=20, **SETTINGS),
+    "truncated ES": lambda pairs: TruncatedES(pairs, **SETTINGS),
+}
+METHODS = (*EVOLUTION, BACKPROPAGATION)
+SHOWN = [
+    "window",
+    "method",
+    "outer_steps",
+    "cpu_seconds",
+    "n",
+    "share_1x",
+    "low",
+    "high",
+    "difference",
+    "difference_low",
+]
+SHOWN += ["difference_high", "p_holm", "final_share_1x", "share_3x", "final_share_3x"]
+
+
+def optimizee(scale: Scale) -> Optimizee:
+    """The task, with all derivatives that backpropagation can have; evolution strategies ask for none."""
+    return digits_task(SmallMLP(), horizon=scale.horizon, second_derivatives=True)
+
+
+def differentiated(method: str, problem: Optimizee, scale: Scale) -> tuple[InnerProblem, Estimator]:
+    """What a method differentiates, and how: always twice as many runs as there are pairs."""
+    if method == BACKPROPAGATION:
+        return Tasks(problem, 2 * scale.pairs), Unrolled("graph", warm_start=True)
+    return problem, EVOLUTION[method](scale.pairs)
+
+
+# -- a trial -----------------------------------------------------------------------------------------------------------
+
+
+def learned(method: str, window: int, seed: int, scale: Scale, out: Path) -> dict[str, Any]:
+    """A meta-training: losses on new runs on the way, and at the end over every multiple of the horizon."""
+    problem, steps = optimizee(scale), scale.inner_steps // window
+    whole, estimator = differentiated(method, problem, scale)
+    every, found = max(1, steps // scale.measurements), list[tuple[int, float, Params]]()
+
+    def watch(step: int, seconds: float, meta: Params) -> None:
+        if step % every == 0 or step == steps:
+            found.append((step, seconds, meta))
+
+    meta = meta_train(whole, estimator, seed, Budget(steps), window=window, watch=watch)
+    save_rule(out / f"{method.replace(' ', '_')}_{window}_{seed}.safetensors", SmallMLP(), meta, outer_steps=steps)
+    # What a learned rule does first does not depend on how long it will run.
+    losses_RT = judged(problem, meta, seed, max(MULTIPLES) * scale.horizon, scale)
+    ends = {f"{multiple}x": measured(losses_RT[:, : multiple * scale.horizon]) for multiple in MULTIPLES}
+    earlier = {step: measured(judged(problem, meta, seed, scale.horizon, scale)) for step, _, meta in found[:-1]}
+    way = [{"steps": step, **point} for step, point in {**earlier, steps: ends["1x"]}.items()]
+    return {"outer_steps": steps, "cpu_seconds": found[-1][1], "way": way, **ends}
+
+
+def judged(problem: Optimizee, meta: Params, seed: int, steps: int, scale: Scale) -> Tensor:
+    """The losses (R, T) of a seed's test runs."""
+    assert problem.rule is not None
+    return curves(problem.on("test"), problem.rule, meta, runs(seed, "test", scale.runs), steps)
+
+
+def tuned_adam(seed: int, scale: Scale) -> dict[str, Any]:
+    """The trial of Adam, tuned anew for every length of runs."""
+    problem, found = optimizee(scale), {}
+    tuning, judging = runs(seed, "tuning", scale.tuning_runs), runs(seed, "test", scale.runs)
+    for multiple in MULTIPLES:
+        best = at_best_rate(problem, HAND_MADE[ADAM], tuning, judging, multiple * scale.horizon)
+        found[f"{multiple}x"] = {"lr": best.lr, **measured(best.losses)}
+    return found
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per meta-training, its losses as shares of tuned Adam's with the same seed."""
+    of_adam, rows = {trial["seed"]: trial for trial in trials if trial["method"] == ADAM}, []
+    for trial in trials:
+        if trial["method"] == ADAM or trial["seed"] not in of_adam:
+            continue
+        row = {name: trial[name] for name in ("method", "window", "seed", "outer_steps", "cpu_seconds", "way")}
+        for multiple in (f"{multiple}x" for multiple in MULTIPLES):
+            own, adam = trial[multiple], of_adam[trial["seed"]][multiple]
+            row[f"share_{multiple}"] = own["mean_loss"] / adam["mean_loss"]
+            row[f"final_share_{multiple}"] = own["final_loss"] / adam["final_loss"]
+        rows.append(row | {"adam": of_adam[trial["seed"]]["1x"]["mean_loss"]})
+    return rows
+
+
+def result_table(rows: Sequence[dict[str, Any]]) -> Any:
+    """Means over seeds by window and method, and the difference from NRES with the same window."""
+    table, means = [], ("outer_steps", "cpu_seconds", "share_1x", "final_share_1x", "share_3x", "final_share_3x")
+    for window in dict.fromkeys(row["window"] for row in rows):
+        own = [row for row in rows if row["window"] == window]
+        frame = trial_frame(own)
+        baseline = NRES if NRES in set(frame["method"]) else None
+        paired = paired_comparison(frame, group="method", value="share_1x", baseline=baseline)
+        for row in paired.to_dict("records"):
+            same = [each for each in own if each["method"] == row["group"]]
+            row |= {name: statistics.fmean(each[name] for each in same) for name in means}
+            table.append(row | {"window": window, "method": row["group"]})
+    return trial_frame(table)[SHOWN]
+
+
+def points(rows: Sequence[dict[str, Any]], window: int) -> list[Point]:
+    """Shares on the way, for the figure of a window."""
+    problem, metric = f"windows of {window} steps", f"mean loss / {ADAM}'s"
+    return [
+        Point(problem, metric, row["method"], row["seed"], point["steps"], point["mean_loss"] / row["adam"])
+        for row in rows
+        if row["window"] == window
+        for point in row["way"]
+    ]
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command(__doc__, "runs/pes_vs_truncated", 3)
+    parser.add_argument("--windows", type=int, nargs="+", default=[2, 10, 50], help="inner steps, divisors of 100")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--inner_steps", type=int, default=Scale().inner_steps, help="of every run (>= 100)")
+    options = parsed(parser, argv)
+    require_range("inner_steps", options.inner_steps, Scale().horizon)
+    scale = SMOKE if options.smoke else Scale(inner_steps=options.inner_steps)
+    for window in options.windows:
+        require_range("windows", window, 1)
+        if scale.horizon % window:
+            raise ValueError(f"windows has {window}; accepted: divisors of the horizon, {scale.horizon}")
+
+    def make(method: str, seed: int, window: int = 0) -> dict[str, Any]:
+        if method == ADAM:
+            return tuned_adam(seed, scale)
+        trial = learned(method, window, seed, scale, options.out)
+        print(f"{method}, window {window}, seed {seed}: mean loss {trial['1x']['mean_loss']:.4f}", flush=True)
+        return trial
+
+    cells: list[dict[str, Any]] = [{"method": ADAM, "seed": seed} for seed in range(options.seeds)]
+    ours = itertools.product(range(options.seeds), options.windows, options.methods)
+    cells += [{"method": method, "seed": seed, "window": window} for seed, window, method in ours]
+    trials = gather(cells, make, scale._asdict(), options.out, options.budget_minutes)
+    rows = rows_of(trials)
+    if not rows:
+        return
+    table = result_table(rows)
+    write_table(table, options.out / "table")
+    for window in dict.fromkeys(row["window"] for row in rows):
+        save_meta_training(points(rows, window), options.out / f"window_{window}.png", target=1.0)
+    print(f"\nmean loss as a share of tuned Adam's\n\n{format_table(table)}")
+
+
+if __name__ == "__main__":
+    main()
