@@ -22,6 +22,7 @@ from typing import Any
 from pebble import ProcessExpired, ProcessPool
 
 from metalearn.base import require_range
+from metalearn.memory import keep_freed_memory
 
 Died = ProcessExpired  # what a future raises whose process was killed or crashed
 
@@ -158,9 +159,10 @@ def _require_timeout(seconds: float | None) -> None:
 
 
 def _begin(parent: int, threads: int) -> None:
-    """First thing in a worker: threads, and a watch over the process that it works for."""
+    """First thing in a worker: threads, memory, and a watch over the process that it works for."""
     if "torch" in sys.modules:  # it read the environment when the process from which workers are forked imported it
         sys.modules["torch"].set_num_threads(threads)
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 

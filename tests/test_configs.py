@@ -28,6 +28,7 @@ SHRUNK = [
 SHRUNK_BY_TOPIC = {
     "loss_search": SHORT,
     "in_context": SHRUNK,
+    "learned_optimizer": [*SHORT, "--model.init_args.runs=2"],
     "loss_tuning": SHORT,
     "meta_gradient": SHORT,
     "multilevel": SHORT,

@@ -11,6 +11,7 @@ from metalearn.cli import commands
 from metalearn.cli.diagnose import diagnose
 from metalearn.cli.run import MetalearnCLI, one_line, run_lightning
 from metalearn.cli.sweep import sweep
+from metalearn.memory import keep_freed_memory
 
 HELP = """usage: metalearn COMMAND ...
 
@@ -36,7 +37,10 @@ METALEARN_DEBUG=1 shows the traceback of an error."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns: the exit code; what the user got wrong is one line on stderr and code 2."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:  # the process is this command's own
+        keep_freed_memory()
+        arguments = sys.argv[1:]
+    arguments = list(arguments)
     try:
         return _dispatch(arguments)
     except (ValueError, ArgumentError, MisconfigurationException, OSError) as error:

@@ -25,7 +25,6 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 import metalearn.cli.short_names  # noqa: F401
 from metalearn.base import require_choice
 from metalearn.files import locked, write_whole
-from metalearn.memory import keep_freed_memory
 from metalearn.training.callbacks import Budget, Progress, RunCheckpoint
 from metalearn.training.learned_optimizer import LearnedOptimizerTraining
 from metalearn.training.meta_gradient import Evaluated
@@ -46,7 +45,6 @@ _EXPECTED_WARNINGS = (
 def run_lightning(arguments: list[str], cli: Callable[..., LightningCLI] | None = None) -> LightningCLI:
     """Build what the config says and run the subcommand, or what another ``cli`` makes of it. Returns: the latter."""
     options = {"exit_on_error": False, "allow_abbrev": False}
-    keep_freed_memory()
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
     with warnings.catch_warnings():
         for message in _EXPECTED_WARNINGS:
