@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from experiments.betty_reweighting import MEMORY_HIDDEN, METHODS, RESET, SMOKE, Run, main, fresh_memory_rise, summary
+from experiments.betty_reweighting import MEMORY_HIDDEN, METHODS, RESET, SMOKE, Run, fresh_memory_rise, main, summary
 
 
 def test_smoke_prints_every_method_and_writes_the_table(tmp_path, monkeypatch, capsys):
