@@ -1,5 +1,6 @@
 """Freed memory that a process keeps is not asked of the system again: counted as page faults of a process of its own."""
 
+import os
 import subprocess
 import sys
 
@@ -25,9 +26,10 @@ print(int(kept), faults() - before)
 
 
 def counted(keep):
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS.replace("KEEP", str(keep))], capture_output=True, text=True, check=True
-    )
+    # Else glibc raises this threshold by itself, sooner or later.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
+    command = [sys.executable, "-c", FAULTS.replace("KEEP", str(keep))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return [int(word) for word in done.stdout.split()]
 
 
@@ -35,4 +37,4 @@ def counted(keep):
 def test_memory_is_kept_where_the_c_library_can():
     (kept, faults), (_, usual) = counted(True), counted(False)
     assert kept == 1
-    assert faults < 100 < 1000 < usual  # of pages
+    assert faults < 20 < 40 <= usual  # at least one for each block, however large the system's pages are
