@@ -11,7 +11,7 @@ def keep_freed_memory() -> bool:
     """Have the C library keep what this process frees, up to 1 GiB, instead of handing it back to the system.
 
     Batched inner runs make and free the same tensors of a few megabytes at every step. What was handed back must be
-    cleared by the system, page by page, before it can be used again: a quarter of the time of such a step on a CPU.
+    cleared by the system, page by page, before it can be used again: up to a quarter of the CPU time of such a step.
 
     Returns:
         Whether it does from now on; false where the C library is not glibc, and where nothing is changed.

@@ -59,15 +59,20 @@ def read_evaluation(run_dir: str | Path, stage: str = "test") -> pd.DataFrame:
     Raises:
         ValueError: if the stage is unknown, or was not run yet.
     """
+    frame = read_table_of(run_dir, stage, f"{stage}.csv")
+    frame.insert(0, "run", Path(run_dir).as_posix())
+    return frame
+
+
+def read_table_of(run_dir: str | Path, stage: str, name: str) -> pd.DataFrame:
+    """A table that the command of a stage has left in the run folder; ``ValueError`` as ``read_evaluation``."""
     if stage not in COMMANDS:
         raise ValueError(f"stage is {stage!r}; accepted: {', '.join(map(repr, COMMANDS))}")
-    path = Path(run_dir) / f"{stage}.csv"
+    path = Path(run_dir) / name
     if not path.is_file():
         command = f"metalearn {COMMANDS[stage]} -c ... --run_dir {run_dir} --ckpt_path last"
         raise ValueError(f"{str(path)!r} does not exist; make it with: {command}")
-    frame = pd.read_csv(path)
-    frame.insert(0, "run", Path(run_dir).as_posix())
-    return frame
+    return pd.read_csv(path)
 
 
 def read_metrics(run_dir: str | Path) -> pd.DataFrame:

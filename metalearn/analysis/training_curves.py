@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from metalearn.analysis.curves import COLOURS
-from metalearn.analysis.runs import COMMANDS
+from metalearn.analysis.runs import read_table_of
+from metalearn.problems.comparison import TAIL
 
-TAIL = 10  # a tenth of the steps is the end of a run
 COLUMNS = {"problem", "horizon", "optimizer", "lr", "step", "loss", "standard_error"}
 
 
@@ -25,13 +25,7 @@ def read_training_curves(run_dir: str | Path, stage: str = "validation") -> pd.D
     Raises:
         ValueError: if the stage is unknown, or was not run yet.
     """
-    if stage not in COMMANDS:
-        raise ValueError(f"stage is {stage!r}; accepted: {', '.join(map(repr, COMMANDS))}")
-    path = Path(run_dir) / f"{stage}_curves.csv"
-    if not path.is_file():
-        command = f"metalearn {COMMANDS[stage]} -c ... --run_dir {run_dir} --ckpt_path last"
-        raise ValueError(f"{str(path)!r} does not exist; make it with: {command}")
-    return pd.read_csv(path)
+    return read_table_of(run_dir, stage, f"{stage}_curves.csv")
 
 
 def summarise_training(frame: pd.DataFrame) -> pd.DataFrame:
