@@ -16,10 +16,10 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def work():
     tensors = [torch.ones(2**20) for _ in range(4)]  # 4 MiB each
-for _ in range(3):
+for _ in range(10):
     work()
 before = faults()
-for _ in range(10):
+for _ in range(20):
     work()
 print(int(kept), faults() - before)
 """
@@ -37,4 +37,5 @@ def counted(keep):
 def test_memory_is_kept_where_the_c_library_can():
     (kept, faults), (_, usual) = counted(True), counted(False)
     assert kept == 1
-    assert faults < 20 < 40 <= usual  # at least one for each block, however large the system's pages are
+    assert 80 <= usual  # at least one for each block, however large the system's pages are
+    assert faults <= usual / 4  # a block may move, now and then
