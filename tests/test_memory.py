@@ -37,5 +37,5 @@ def counted(keep):
 def test_memory_is_kept_where_the_c_library_can():
     (kept, faults), (_, usual) = counted(True), counted(False)
     assert kept == 1
-    assert 80 <= usual  # at least one for each block, however large the system's pages are
+    assert usual >= 80  # at least one for each block, however large the system's pages are
     assert faults <= usual / 4  # a block may move, now and then

@@ -44,7 +44,6 @@ _EXPECTED_WARNINGS = (
 
 def run_lightning(arguments: list[str], cli: Callable[..., LightningCLI] | None = None) -> LightningCLI:
     """Build what the config says and run the subcommand, or what another ``cli`` makes of it. Returns: the latter."""
-    options = {"exit_on_error": False, "allow_abbrev": False}
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
     with warnings.catch_warnings():
         for message in _EXPECTED_WARNINGS:
@@ -63,7 +62,7 @@ def run_lightning(arguments: list[str], cli: Callable[..., LightningCLI] | None 
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
             },
-            parser_kwargs=options | {name: dict(options) for name in MetalearnCLI.subcommands()},
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
             args=arguments,
         )
 
@@ -79,6 +78,9 @@ class MetalearnCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
 
+    def _setup_parser_kwargs(self, parser_kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        return parser_kwargs, {name: dict(parser_kwargs) for name in self.subcommands()}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str | None, help="Folder of this run: checkpoints, logs, tables.")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
@@ -88,6 +90,10 @@ class MetalearnCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Not Lightning's: it would let the checkpoint's hyper-parameters override the command line."""
+
+    def _dump_config(self) -> None:
+        """Not Lightning's: it would write the whole config out at every start, for ``save_hyperparameters`` alone."""
+        self.config_dump: dict[str, Any] = {}
 
     def before_instantiate_classes(self) -> None:
         config = self.config[str(self.subcommand)]

@@ -250,6 +250,7 @@ def _offline_mode(offline: bool) -> Iterator[None]:
         config.HF_HUB_OFFLINE = before
 
 
+@functools.cache
 def _bundled(name: str) -> "Dataset":
     from datasets import Array2D, ClassLabel, Dataset, Features, Value
 
