@@ -155,8 +155,10 @@ class LossGuard(Guarded):
 
     A step calls its closure once on each branch's parameters: two gradients a step. Between steps the parameters are those
     of the branch that leads in this period; at its start, of the branch that was kept. The optimizer whose branch is left
-    goes on with the state that it had at the start of the period, because momenta of a branch that was left would pull it back
-    there; the other goes on with its own. In memory there are one more copy of the parameters and one of both states.
+    goes on with the state that it would have after the gradients of the branch that is kept: momenta of its own branch would
+    pull it back there, and a clock that stood still would have it believe that the run is younger than it is. For this, each
+    optimizer takes a second step on the other's branch, which moves nothing. In memory there are one more copy of the
+    parameters and one of both states.
 
     Under ``torch.distributed`` losses are means over all processes, so that all keep the same branch.
 
@@ -170,7 +172,8 @@ class LossGuard(Guarded):
         ValueError: The optimizers have other parameters, or a value is out of range.
 
     Source: Prémont-Schwarz et al. 2022, "A Simple Guard for Learned Optimizers". Differs from the paper: losses are those of
-    the batches along the way, which cost nothing more, and not of further batches at the end of the period.
+    the batches along the way, which cost nothing more, and not of further batches at the end of the period; states follow
+    the branch that is kept.
     """
 
     counters = ("inside", "kept", "steps", "evaluated", "losses", "periods", "periods_learned")
@@ -184,7 +187,7 @@ class LossGuard(Guarded):
         self.losses = {LEARNED: 0.0, GUARD: 0.0}  # their sums
         self.periods = self.periods_learned = 0  # periods that are over, and those of them that kept the learned branch
         self.spare: list[Tensor] = []  # the other branch's point
-        self.before: dict[str, dict[Any, Any]] = {LEARNED: {}, GUARD: {}}  # states at the start of the period
+        self.observed: dict[str, dict[Any, Any]] = {LEARNED: {}, GUARD: {}}  # states after the other branch's gradients
         super().__init__(learned, guard)
 
     @property
@@ -205,6 +208,7 @@ class LossGuard(Guarded):
             if over:  # both optimizers will step from one of the two points, once it is known from which
                 found[self.inside] = loss, self._grads()
             else:
+                self._observe(loss)
                 self.optimizers[self.inside].step(lambda loss=loss: loss)
             self._turn()
         self.evaluated += 1
@@ -239,42 +243,50 @@ class LossGuard(Guarded):
             self.kept = self._leader()
             self.periods += 1
             self.periods_learned += self.kept == LEARNED
-            left = GUARD if self.kept == LEARNED else LEARNED
-            state = self.optimizers[left].state
-            state.clear()
-            state.update(self.before[left])
+            left = _other(self.kept)
+            _set_state(self.optimizers[left], self.observed[left])
         if self.inside != self.kept:
             self._turn()
         self.spare = self._point()
 
     def _begin(self, loss: Any, grads: Grads) -> None:
         """The first step of a period, of both branches, by one gradient."""
-        self.before = {name: _copied(optimizer.state) for name, optimizer in self.optimizers.items()}
         self.losses, self.steps, self.evaluated = {LEARNED: 0.0, GUARD: 0.0}, 0, 0
         for _ in self.optimizers:
             self._set_grads(grads)
             self.optimizers[self.inside].step(lambda: loss)
             self._turn()
+        self.observed = {name: _copied(optimizer.state) for name, optimizer in self.optimizers.items()}
+
+    def _observe(self, loss: Any) -> None:
+        """Show the other optimizer the gradient at this branch's point."""
+        name, here = _other(self.inside), self._point()
+        optimizer, own = self.optimizers[name], dict(self.optimizers[name].state)
+        _set_state(optimizer, self.observed[name])
+        optimizer.step(lambda: loss)
+        self.observed[name] = dict(optimizer.state)
+        _set_state(optimizer, own)
+        self._move(here)
 
     def _turn(self) -> None:
         """Make the parameters those of the other branch."""
         point = self._point()
         self._move(self.spare)
         self.spare = point
-        self.inside = GUARD if self.inside == LEARNED else LEARNED
+        self.inside = _other(self.inside)
 
     def state_dict(self) -> dict[str, Any]:
         saved = super().state_dict()
-        before = {name: _indexed(self.before[name], optimizer) for name, optimizer in self.optimizers.items()}
-        saved["state"] |= {"spare": list(self.spare), "before": before}
+        observed = {name: _indexed(self.observed[name], optimizer) for name, optimizer in self.optimizers.items()}
+        saved["state"] |= {"spare": list(self.spare), "observed": observed}
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         state = state_dict["state"]
-        if "before" in state:  # else it is of another kind, as will be said
+        if "observed" in state:  # else it is of another kind, as will be said
             for name, optimizer in self.optimizers.items():
-                optimizer.load_state_dict({**state[name], "state": state["before"][name]})
-                self.before[name] = _copied(optimizer.state)
+                optimizer.load_state_dict({**state[name], "state": state["observed"][name]})
+                self.observed[name] = _copied(optimizer.state)
         super().load_state_dict(state_dict)
         self.spare = [
             value.to(p.device, copy=True) for value, p in zip(state["spare"], _params(self.learned), strict=False)
@@ -332,8 +344,7 @@ class GL2O(Guarded):
         else:
             self._move(start)
             self._set_grads(grads)
-            self.learned.state.clear()
-            self.learned.state.update(before)
+            _set_state(self.learned, before)
             self.guard.step(lambda: loss)
         return loss
 
@@ -343,8 +354,7 @@ class GL2O(Guarded):
         self.guard.step(lambda: loss)
         moved = torch.stack([(p - value).double().norm() for p, value in zip(_params(self.guard), here, strict=True)])
         self._move(here)
-        self.guard.state.clear()
-        self.guard.state.update(before)
+        _set_state(self.guard, before)
         return float(moved.norm())
 
 
@@ -360,6 +370,15 @@ class _Settings(UserDict):
 
 def _params(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _other(name: str) -> str:
+    return GUARD if name == LEARNED else LEARNED
+
+
+def _set_state(optimizer: Optimizer, state: dict[Any, Any]) -> None:
+    optimizer.state.clear()
+    optimizer.state.update(state)
 
 
 def _copied(state: dict[Any, Any]) -> dict[Any, Any]:

@@ -101,18 +101,31 @@ def assert_same(points, others):
 
 
 def branch(build, point, state, start):
-    """Points after 1 ... PERIOD steps of one optimizer from a point, their losses on the next batches, and its state."""
+    """Points after 1 ... PERIOD steps of one optimizer from a point, their losses on the next batches, and its state after."""
     task = Task()
     task.move(point)
     optimizer = build(task.params)
     if state is not None:
         optimizer.load_state_dict(copy.deepcopy(state))
-    begun, points, losses = copy.deepcopy(optimizer.state_dict()), [], []
+    points, losses = [], []
     for step in range(start, start + PERIOD):
         optimizer.step(task.closure(step))
         points.append(task.point())
         losses.append(task.loss(step + 1).item())
-    return points, losses, begun, copy.deepcopy(optimizer.state_dict())
+    return points, losses, copy.deepcopy(optimizer.state_dict())
+
+
+def onlooker(build, points, state, start):
+    """The state of an optimizer that was shown the gradients at these points, and did not decide where to go."""
+    task = Task()
+    optimizer = build(task.params)
+    if state is not None:
+        optimizer.load_state_dict(copy.deepcopy(state))
+    for step, point in enumerate(points, start):
+        for p, value in zip(task.params, point, strict=True):
+            p.data.copy_(value)
+        optimizer.step(task.closure(step))
+    return copy.deepcopy(optimizer.state_dict())
 
 
 @pytest.mark.parametrize("learned", LEARNED.values(), ids=LEARNED.keys())
@@ -122,7 +135,7 @@ def test_matches_branches_that_are_run_one_after_the_other(learned):
     builds, states = (learned, SGD), [None, None]
     point, kept, chosen = task.point(), 1, []
     for start in range(0, STEPS - PERIOD + 1, PERIOD):
-        points, losses, begun, ended = zip(
+        points, losses, ended = zip(
             *(branch(*pair, start) for pair in zip(builds, [point] * 2, states, strict=True)), strict=True
         )
         found = run(optimizer, task, range(start, start + PERIOD))
@@ -135,9 +148,11 @@ def test_matches_branches_that_are_run_one_after_the_other(learned):
         sums = [sum(values) for values in losses]
         kept = int(not (math.isfinite(sums[0]) and sums[0] <= sums[1]))
         assert sums[kept] <= sums[1]
-        point, states = points[kept][-1], [ended[k] if k == kept else begun[k] for k in range(2)]
+        seen = [point, *points[kept][:-1]]
+        states = [ended[k] if k == kept else onlooker(builds[k], seen, states[k], start) for k in range(2)]
+        point = points[kept][-1]
         chosen.append(kept)
-    run(optimizer, task, [STEPS - 1])  # which ends the last period
+    run(optimizer, task, [start + PERIOD])  # which ends the last period
     assert optimizer.periods == len(chosen) and optimizer.periods_learned == chosen.count(0)
     assert learned is not LEARNED["adam"] or set(chosen) == {0, 1}
 
