@@ -175,7 +175,7 @@ def update(
 
 
 class TaskBatch(Rule):
-    """A rule applied to each of several runs by itself: every leaf has a first axis of runs, but for ``meta``."""
+    """A rule applied to each of several runs by itself: every leaf, and ``loss``, has a first axis of runs, but for ``meta``."""
 
     def __init__(self, rule: Rule):
         self.rule, self.needs_loss = rule, rule.needs_loss
@@ -186,10 +186,10 @@ class TaskBatch(Rule):
     def update(
         self, meta: Params, grads: Params, state: Tree, params: Params, *, loss: Tensor | None = None
     ) -> tuple[Params, Tree]:
-        def single(grads: Params, state: Tree, params: Params) -> tuple[Params, Tree]:
-            return self.rule.update(meta, grads, state, params)
+        def single(grads: Params, state: Tree, params: Params, loss: Tensor | None) -> tuple[Params, Tree]:
+            return self.rule.update(meta, grads, state, params, loss=loss)
 
-        return vmap(single)(grads, state, params)
+        return vmap(single, in_dims=(0, 0, 0, None if loss is None else 0))(grads, state, params, loss)
 
 
 class Tasks(InnerProblem):

@@ -6,143 +6,15 @@ twice, at two points, with the same draws. The state of either optimizer has see
 
 import contextlib
 import math
-from abc import abstractmethod
-from collections import UserDict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from metalearn import tree
 from metalearn.base import require_range
+from metalearn.optim.guarded import GUARD, LEARNED, Closure, Grads, Guarded, copied_state, params_of, set_state
 from metalearn.optim.torch_face import mean_over_processes
-
-LEARNED, GUARD = "learned", "guard"
-Closure = Callable[[], Any]
-Grads = list[Tensor | None]
-
-
-class Guarded(Optimizer):
-    """What the guards have in common.
-
-    ``param_groups`` are those of ``learned`` and after them those of ``guard``, which there have no parameters: schedulers
-    change the rates of both, and clipping meets each gradient once.
-
-    What a closure changes besides gradients, such as running statistics of batch norm, sees both points. Gradients of several
-    closures that are added up before a step would mix the points: do not accumulate. Optimizers that keep more than
-    gradients need at a step outside their ``state`` and their groups cannot be guarded.
-    """
-
-    counters: ClassVar[tuple[str, ...]]  # names of attributes that are numbers, texts or dictionaries of these
-
-    def __init__(self, learned: Optimizer, guard: Optimizer):
-        for optimizer in (learned, guard):
-            if isinstance(optimizer, torch.optim.LBFGS):
-                raise ValueError("an optimizer is LBFGS; accepted: those that need one gradient a step")
-        if {id(p) for p in _params(learned)} != {id(p) for p in _params(guard)}:
-            raise ValueError("learned and guard have other parameters; accepted: two optimizers over the same tensors")
-        self.learned, self.guard = learned, guard
-        super().__init__(learned.param_groups, {})
-        self._share_groups()
-
-    @property
-    def optimizers(self) -> dict[str, Optimizer]:
-        """Both, by the names of their branches."""
-        return {LEARNED: self.learned, GUARD: self.guard}
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if len(self.param_groups) >= len(self.learned.param_groups):
-            raise ValueError(
-                "a group is added to a guard; accepted: groups that both optimizers have before they are guarded"
-            )
-        super().add_param_group(param_group)
-
-    def step(self, closure: Closure | None = None) -> Any:
-        """One step.
-
-        Args:
-            closure: Zeroes gradients, computes new ones, and returns the loss.
-
-        Returns:
-            What ``closure`` returned at the point that the parameters had.
-
-        Raises:
-            ValueError: There is no closure, or it returns None.
-        """
-        if closure is None:
-            raise ValueError("closure is None; accepted: a function that computes the gradients and returns the loss")
-
-        def evaluate() -> Any:
-            with torch.enable_grad():
-                loss = closure()
-            if loss is None:
-                raise ValueError("closure returns None; accepted: the loss")
-            return loss
-
-        with torch.no_grad():
-            return self._step(evaluate)
-
-    @abstractmethod
-    def _step(self, closure: Closure) -> Any:
-        """A step, with a closure that turns gradients on for itself."""
-
-    # -- points ------------------------------------------------------------------------------------------------------
-
-    def _point(self) -> list[Tensor]:
-        return [p.detach().clone() for p in _params(self.learned)]
-
-    def _move(self, point: Sequence[Tensor]) -> None:
-        for p, value in zip(_params(self.learned), point, strict=True):
-            p.copy_(value)
-
-    def _grads(self) -> Grads:
-        # Copies: the next closure may zero these tensors, or write into them, as buckets of DistributedDataParallel do.
-        return [None if p.grad is None else p.grad.clone() for p in _params(self.learned)]
-
-    def _set_grads(self, grads: Grads) -> None:
-        for p, grad in zip(_params(self.learned), grads, strict=True):
-            p.grad = grad
-
-    @contextlib.contextmanager
-    def _draws_to_repeat(self) -> Iterator[None]:
-        """Afterwards, torch's generators are where they were before."""
-        devices = {p.device for p in _params(self.learned) if p.is_cuda}
-        with torch.random.fork_rng(sorted(devices, key=str)):
-            yield
-
-    # -- copies ------------------------------------------------------------------------------------------------------
-
-    def _share_groups(self) -> None:
-        self.param_groups = [*self.learned.param_groups, *(_Settings(group) for group in self.guard.param_groups)]  # type: ignore
-
-    def state_dict(self) -> dict[str, Any]:
-        """All there is, in the middle of a period, too, in tensors and builtins."""
-        inner = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        own = {name: tree.map(lambda leaf: leaf, getattr(self, name)) for name in self.counters}
-        return {"state": {**inner, **own}, "param_groups": super().state_dict()["param_groups"]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where the guard that ``state_dict`` is of was, bit for bit, with the parameters that it had.
-
-        Raises:
-            ValueError: It is of another kind, or of other optimizers.
-        """
-        state, wanted = state_dict["state"], {LEARNED, GUARD, *self.counters}
-        if not wanted <= state.keys():
-            raise ValueError(
-                f"the state lacks {sorted(wanted - state.keys())}; accepted: that of a {type(self).__name__}"
-            )
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state[name])
-        for name in self.counters:
-            setattr(self, name, tree.map(lambda leaf: leaf, state[name]))
-        self._share_groups()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A scheduler puts a step of its own into the object, and torch's hooks are not copied, as in torch's optimizers.
-        return {name: value for name, value in self.__dict__.items() if name != "step" and not name.startswith("_")}
 
 
 class LossGuard(Guarded):
@@ -151,14 +23,17 @@ class LossGuard(Guarded):
     A period begins with both at one point. Each takes ``period`` steps of its own on the same batches, and the loss at the end
     of each of these steps is that of the next batch. At the end of the period the branch of ``learned`` is kept where
     ``mean loss of learned <= mean loss of guard - margin``, else that of ``guard``, and both go on from the point that is kept:
-    what is kept of a period is never above the guard's branch on the same batches. A loss that is not finite loses.
+    what is kept of a period is never above the guard's branch on the same batches. A loss or a gradient that is not finite
+    loses.
 
     A step calls its closure once on each branch's parameters: two gradients a step. Between steps the parameters are those
     of the branch that leads in this period; at its start, of the branch that was kept. The optimizer whose branch is left
     goes on with the state that it would have after the gradients of the branch that is kept: momenta of its own branch would
     pull it back there, and a clock that stood still would have it believe that the run is younger than it is. For this, each
-    optimizer takes a second step on the other's branch, which moves nothing. In memory there are one more copy of the
-    parameters and one of both states.
+    optimizer takes a second step on the other's branch, which moves nothing: four steps of optimizers in all. In memory there
+    are one more copy of the parameters and one of both states.
+
+    The last period of a run is not decided until ``finish`` is called.
 
     Under ``torch.distributed`` losses are means over all processes, so that all keep the same branch.
 
@@ -204,11 +79,13 @@ class LossGuard(Guarded):
             with contextlib.nullcontext() if again else self._draws_to_repeat():
                 loss = closure()
             returned.append(loss)
-            self.losses[self.inside] += self._number(loss)
+            grads = self._grads()
+            self.losses[self.inside] += self._number(loss, grads)
             if over:  # both optimizers will step from one of the two points, once it is known from which
-                found[self.inside] = loss, self._grads()
+                found[self.inside] = loss, grads
             else:
                 self._observe(loss)
+                self._set_grads(grads)
                 self.optimizers[self.inside].step(lambda loss=loss: loss)
             self._turn()
         self.evaluated += 1
@@ -222,12 +99,40 @@ class LossGuard(Guarded):
             self._turn()
         return returned[0]
 
-    def _number(self, loss: Any) -> float:
-        device = _params(self.learned)[0].device
-        return float(mean_over_processes(torch.as_tensor(loss, device=device).detach()))
+    def finish(self, closure: Closure) -> None:
+        """End the period at hand, as after the last step of a run: the parameters become those of the branch that is kept.
+
+        The next step begins a period. Nothing happens where none is at hand.
+
+        Args:
+            closure: As in ``step``; called once on each branch's parameters, for the losses of their last steps.
+
+        Raises:
+            ValueError: There is no closure, or it returns None.
+        """
+        evaluate = self._evaluation(closure)
+        if not self.steps:
+            return
+        with torch.no_grad():
+            for again in (False, True):
+                with contextlib.nullcontext() if again else self._draws_to_repeat():
+                    loss = evaluate()
+                self.losses[self.inside] += self._number(loss, self._grads())
+                self._turn()
+            self.evaluated += 1
+            self._keep()
+        self.losses, self.steps, self.evaluated = {LEARNED: 0.0, GUARD: 0.0}, 0, 0
+        self.zero_grad()
+
+    def _number(self, loss: Any, grads: Grads) -> float:
+        """The loss, averaged over all processes; NaN where a gradient is not finite."""
+        device = params_of(self.learned)[0].device
+        sound = torch.stack([grad.isfinite().all() for grad in grads if grad is not None] or [torch.tensor(True)]).all()
+        loss = torch.as_tensor(loss, device=device).detach()
+        return float(mean_over_processes(torch.where(sound.to(device), loss, math.nan)))
 
     def _finite(self) -> bool:
-        return bool(torch.stack([p.isfinite().all() for p in _params(self.learned)]).all())
+        return bool(torch.stack([p.isfinite().all() for p in params_of(self.learned)]).all())
 
     def _leader(self) -> str:
         """The branch with the lower losses in this period; while none is known, the one that was kept."""
@@ -244,7 +149,7 @@ class LossGuard(Guarded):
             self.periods += 1
             self.periods_learned += self.kept == LEARNED
             left = _other(self.kept)
-            _set_state(self.optimizers[left], self.observed[left])
+            set_state(self.optimizers[left], self.observed[left])
         if self.inside != self.kept:
             self._turn()
         self.spare = self._point()
@@ -256,16 +161,16 @@ class LossGuard(Guarded):
             self._set_grads(grads)
             self.optimizers[self.inside].step(lambda: loss)
             self._turn()
-        self.observed = {name: _copied(optimizer.state) for name, optimizer in self.optimizers.items()}
+        self.observed = {name: copied_state(optimizer.state) for name, optimizer in self.optimizers.items()}
 
     def _observe(self, loss: Any) -> None:
         """Show the other optimizer the gradient at this branch's point."""
         name, here = _other(self.inside), self._point()
         optimizer, own = self.optimizers[name], dict(self.optimizers[name].state)
-        _set_state(optimizer, self.observed[name])
+        set_state(optimizer, self.observed[name])
         optimizer.step(lambda: loss)
         self.observed[name] = dict(optimizer.state)
-        _set_state(optimizer, own)
+        set_state(optimizer, own)
         self._move(here)
 
     def _turn(self) -> None:
@@ -286,10 +191,10 @@ class LossGuard(Guarded):
         if "observed" in state:  # else it is of another kind, as will be said
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict({**state[name], "state": state["observed"][name]})
-                self.observed[name] = _copied(optimizer.state)
+                self.observed[name] = copied_state(optimizer.state)
         super().load_state_dict(state_dict)
         self.spare = [
-            value.to(p.device, copy=True) for value, p in zip(state["spare"], _params(self.learned), strict=False)
+            value.to(p.device, copy=True) for value, p in zip(state["spare"], params_of(self.learned), strict=False)
         ]
 
 
@@ -299,6 +204,7 @@ class GL2O(Guarded):
     With T a step of ``guard`` on the same batch, y the end of the step of ``learned`` from x, and ``r = |T(y) - y|``: x becomes y
     where ``r <= alpha mu``, and ``mu <- theta r + (1 - theta) mu``; else x becomes T(x). At first ``mu = |T(x) - x|``. A step that
     is not accepted leaves the state of ``learned`` as it was, and one that is accepted that of ``guard``. Two gradients a step.
+    At a point without a gradient mu is 0 and nothing is accepted; it is found anew at the next that has one.
 
     Args:
         learned: Optimizer that is not trusted.
@@ -319,7 +225,7 @@ class GL2O(Guarded):
         require_range("alpha", alpha, 0.0, 1.0)
         require_range("theta", theta, 0.0, 1.0)
         self.alpha, self.theta = alpha, theta
-        self.mu = math.nan  # before the first step
+        self.mu = math.nan  # before the first gradient that is not 0
         self.steps = self.accepted = 0  # steps taken, and those of them that were the learned optimizer's
         super().__init__(learned, guard)
 
@@ -329,12 +235,13 @@ class GL2O(Guarded):
         return self.accepted / self.steps if self.steps else math.nan
 
     def _step(self, closure: Closure) -> Any:
-        start, before = self._point(), _copied(self.learned.state)
+        start, before = self._point(), copied_state(self.learned.state)
         with self._draws_to_repeat():
             loss = closure()
         grads = self._grads()
-        if not self.steps:
+        if not self.mu > 0:
             self.mu = self._residual(loss)
+            self._set_grads(grads)
         self.learned.step(lambda: loss)
         residual = self._residual(closure())
         self.steps += 1
@@ -344,52 +251,25 @@ class GL2O(Guarded):
         else:
             self._move(start)
             self._set_grads(grads)
-            _set_state(self.learned, before)
+            set_state(self.learned, before)
             self.guard.step(lambda: loss)
         return loss
 
     def _residual(self, loss: Any) -> float:
         """How far the guard would move from here."""
-        here, before = self._point(), _copied(self.guard.state)
+        here, before = self._point(), copied_state(self.guard.state)
         self.guard.step(lambda: loss)
-        moved = torch.stack([(p - value).double().norm() for p, value in zip(_params(self.guard), here, strict=True)])
+        moved = torch.stack([(p - value).double().norm() for p, value in zip(params_of(self.guard), here, strict=True)])
         self._move(here)
-        _set_state(self.guard, before)
+        set_state(self.guard, before)
         return float(moved.norm())
-
-
-class _Settings(UserDict):
-    """A group of the guard's, the same dictionary, without its parameters."""
-
-    def __init__(self, group: dict[str, Any]):
-        self.data = group
-
-    def __getitem__(self, key: str) -> Any:
-        return [] if key == "params" else self.data[key]
-
-
-def _params(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _other(name: str) -> str:
     return GUARD if name == LEARNED else LEARNED
 
 
-def _set_state(optimizer: Optimizer, state: dict[Any, Any]) -> None:
-    optimizer.state.clear()
-    optimizer.state.update(state)
-
-
-def _copied(state: dict[Any, Any]) -> dict[Any, Any]:
-    """An optimizer's state, which it will change in place."""
-    return {
-        key: tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
-        for key, value in state.items()
-    }
-
-
 def _indexed(state: dict[Any, Any], optimizer: Optimizer) -> dict[Any, Any]:
     """A state with positions for parameters, as state dictionaries have it."""
-    places = {id(p): place for place, p in enumerate(_params(optimizer))}
+    places = {id(p): place for place, p in enumerate(params_of(optimizer))}
     return {places.get(id(key), key): value for key, value in state.items()}

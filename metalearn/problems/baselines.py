@@ -19,6 +19,7 @@ from metalearn.unroll import differentiable_kernels, unroll
 
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 SMALLEST_GRID = 8
+BEYOND, EXTENSIONS = 2, 4  # rates that a grid goes on by where its best is at an end, and how often
 
 
 class Baseline(NamedTuple):
@@ -129,20 +130,39 @@ def tuned(
 ) -> Tuned:
     """``rule`` at the learning rate that has the smallest mean loss over all steps (or the last ``tail``) of all runs.
 
-    A rate under which any run diverges is not chosen while there is another.
+    Where that is the first or the last of the grid, the grid goes on beyond it, by two rates of the ratio that it ends with,
+    at most four times. A rate under which any run diverges is not chosen while there is another.
 
     Args:
         problem: as in ``curves``; its tasks should be others than those that the choice is judged on.
         rule: one whose meta-parameter "lr" is the learning rate.
         keys_R: a key for each run.
         steps: T of ``curves``.
-        rates: G learning rates, at least 8.
+        rates: G learning rates, at least 8, ascending.
         tail: how many last steps count; null for all.
     """
     require_range("learning rates of a baseline", len(rates), SMALLEST_GRID)
-    each = torch.tensor(rates).repeat_interleave(len(keys_R)).to(keys_R.device)
-    losses = curves(problem, rule, {"lr": each}, keys_R.repeat(len(rates)), steps, per_run=True)
-    scores_G = losses[:, -tail if tail else 0 :].mean(1).unflatten(0, (len(rates), -1)).mean(1)
-    scores_G = scores_G.nan_to_num(torch.inf, torch.inf, torch.inf)
-    best = rates[int(scores_G.argmin())]
-    return Tuned(rule, best, dict(zip(rates, scores_G.tolist(), strict=True)))
+
+    def scores(rates: Sequence[float]) -> dict[float, float]:
+        each = torch.tensor(rates).repeat_interleave(len(keys_R)).to(keys_R.device)
+        losses = curves(problem, rule, {"lr": each}, keys_R.repeat(len(rates)), steps, per_run=True)
+        scores_G = losses[:, -tail if tail else 0 :].mean(1).unflatten(0, (len(rates), -1)).mean(1)
+        return dict(zip(rates, scores_G.nan_to_num(torch.inf, torch.inf, torch.inf).tolist(), strict=True))
+
+    grid = scores(rates)
+    for _ in range(EXTENSIONS):
+        further = _beyond(grid)
+        if not further:
+            break
+        grid |= scores(further)
+    grid = dict(sorted(grid.items()))
+    return Tuned(rule, min(grid, key=grid.__getitem__), grid)
+
+
+def _beyond(grid: dict[float, float]) -> list[float]:
+    """Learning rates past the end of the grid that is better than all others."""
+    rates = sorted(grid)
+    for end, neighbour in ((rates[0], rates[1]), (rates[-1], rates[-2])):
+        if all(grid[end] < grid[rate] for rate in rates if rate != end):
+            return [end * (end / neighbour) ** k for k in range(1, BEYOND + 1)]
+    return []

@@ -97,7 +97,6 @@ def test_claims_count_what_breaks_them():
 
 
 def test_l2l_smoke_has_every_network_and_rival(tmp_path, capsys, monkeypatch, drawn):
-    monkeypatch.setattr(l2l_mlp, "WIDE_RATES", l2l_mlp.WIDE_RATES[::2])
     monkeypatch.setattr(l2l_mlp, "RIVALS", ("NAG", "Adam"))
     l2l_mlp.main(["--smoke", "--seeds", "1", "--out", str(tmp_path)])
     [trial] = read_trials(tmp_path / "trials.jsonl")

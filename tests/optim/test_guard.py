@@ -203,6 +203,74 @@ def test_each_step_calls_the_closure_once_on_each_branch_with_the_same_draws():
     assert torch.equal(after, torch.random.get_rng_state())  # as many as without a guard
 
 
+def descended(p, loss):
+    p.grad = None
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize("kind", [LossGuard, GL2O])
+def test_optimizers_may_write_into_gradients(kind):
+    """torch's SGD with nesterov and foreach, which is what it takes on a GPU, does."""
+
+    def points(foreach):
+        guard = functools.partial(SGD, nesterov=True, foreach=foreach)
+        return run(*guarded(LEARNED["adam"], guard, kind=kind), range(STEPS))
+
+    assert_same(points(True), points(False))
+
+
+def test_the_last_period_is_decided_by_finish():
+    """A learned branch that jumps in the last step of all is left, as no other step would have said."""
+
+    class Jumps(torch.optim.SGD):
+        def step(self, closure=None):
+            returned = super().step(closure)
+            for p in self.param_groups[0]["params"]:
+                count = self.state[p]["count"] = self.state[p].get("count", 0) + 1
+                if count == 6:
+                    with torch.no_grad():
+                        p.add_(1e3)
+            return returned
+
+    slow = functools.partial(torch.optim.SGD, lr=1e-3)
+    optimizer, task = guarded(functools.partial(Jumps, lr=0.05), slow, period=PERIOD)
+    run(optimizer, task, range(6))
+    assert task.loss(6) > 1e3 and (optimizer.periods, optimizer.inside) == (1, "learned")
+    calls = []
+    optimizer.finish(task.closure(6, calls))
+    assert len(calls) == 2 and task.loss(6).item() == min(calls) < 10
+    assert optimizer.periods == 2 and all(p.grad is None for p in task.params)
+    point = task.point()
+    optimizer.finish(task.closure(7))  # there is no period at hand
+    assert optimizer.periods == 2
+    assert_same(task.point(), point)
+    run(optimizer, task, range(6, 12))
+    assert optimizer.periods == 3  # the next one began with the step after
+
+
+def test_a_gradient_that_is_no_number_loses():
+    """The learned branch goes where the loss is smallest, and has no derivative."""
+    p = nn.Parameter(torch.tensor([1.0]))
+    guard = torch.optim.SGD([p], lr=0.1, momentum=0.5)
+    optimizer = LossGuard(torch.optim.SGD([p], lr=1.0), guard, period=1)
+    for _ in range(2):
+        optimizer.step(lambda: descended(p, (p * p).sqrt().sum()))
+    assert optimizer.fraction_learned == 0.0
+    assert all(value.isfinite().all() for value in (p, guard.state[p]["momentum_buffer"]))
+
+
+@pytest.mark.parametrize("kind", [LossGuard, GL2O])
+def test_accumulated_gradients_are_refused(kind):
+    optimizer, task = guarded(LEARNED["adam"], kind=kind)
+    run(optimizer, task, range(3))
+    task.loss(3).backward()
+    with pytest.raises(ValueError, match="gradients from before the step"):
+        optimizer.step(task.closure(4))
+    optimizer.zero_grad(set_to_none=False)
+    run(optimizer, task, range(4, 6))
+
+
 @pytest.mark.parametrize("learned", ["adam", "rule"])
 @pytest.mark.parametrize("stop", [1, 2, 4, 5, 10])
 def test_a_state_dictionary_goes_on_bit_for_bit_within_a_period(learned, stop):
@@ -323,6 +391,14 @@ def test_safe_l2o_follows_the_guard_exactly_where_the_learned_optimizer_diverges
     optimizer, task = guarded(LEARNED["explodes"], kind=GL2O)
     assert_same(run(optimizer, task, range(STEPS)), alone(SGD))
     assert optimizer.accepted == 0
+
+
+def test_safe_l2o_does_without_a_first_gradient():
+    p = nn.Parameter(torch.tensor([1.0]))
+    optimizer = GL2O(torch.optim.SGD([p], lr=0.5), torch.optim.SGD([p], lr=0.1))
+    for step in range(12):
+        optimizer.step(lambda target=1.0 if step < 2 else 5.0: descended(p, (p - target).square().sum() / 2))
+    assert p.item() == pytest.approx(5.0, abs=0.05) and optimizer.fraction_learned > 0.5
 
 
 def test_safe_l2o_goes_on_bit_for_bit():

@@ -47,6 +47,23 @@ def test_a_rate_that_diverges_is_not_chosen():
     assert found.lr == 0.1 and math.isinf(found.grid[1e28])
 
 
+def test_a_grid_whose_best_rate_is_at_an_end_goes_on():
+    problem, rates = optimizee(), [2.0**k for k in range(-12, -4)]
+    found = tuned(problem, SGD(), keys(4), 10, rates=rates)
+    assert (
+        list(found.grid)[:8] == rates
+        and found.lr > rates[-1]
+        and list(found.grid).index(found.lr) < len(found.grid) - 1
+    )
+    score = float(curves(problem, SGD(), {"lr": torch.tensor(found.lr)}, keys(4), 10).mean())
+    assert score == pytest.approx(found.grid[found.lr], rel=1e-5)
+    assert found.grid[found.lr] == min(found.grid.values())
+    downwards = tuned(problem, SGD(), keys(4), 10, rates=[2.0**k for k in range(1, 9)])
+    assert next(iter(downwards.grid)) < downwards.lr <= 2.0
+    still = tuned(problem, SGD(), keys(2), 1, rates=rates)  # before the first update all rates are alike
+    assert list(still.grid) == rates
+
+
 def test_a_grid_that_is_too_small_is_refused():
     with pytest.raises(ValueError, match="learning rates of a baseline is 2; accepted: 8 <="):
         tuned(optimizee(), SGD(), keys(2), 5, rates=(0.1, 0.2))
