@@ -186,10 +186,17 @@ class TaskBatch(Rule):
     def update(
         self, meta: Params, grads: Params, state: Tree, params: Params, *, loss: Tensor | None = None
     ) -> tuple[Params, Tree]:
+        if self.needs_loss and (loss is None or not loss.ndim):
+            name = type(self.rule).__name__
+            raise ValueError(
+                f"{name} needs the loss of each of several runs, but is given their mean; accepted: another rule"
+            )
+
         def single(grads: Params, state: Tree, params: Params, loss: Tensor | None) -> tuple[Params, Tree]:
             return self.rule.update(meta, grads, state, params, loss=loss)
 
-        return vmap(single, in_dims=(0, 0, 0, None if loss is None else 0))(grads, state, params, loss)
+        each = loss if self.needs_loss else None
+        return vmap(single, in_dims=(0, 0, 0, None if each is None else 0))(grads, state, params, each)
 
 
 class Tasks(InnerProblem):

@@ -14,7 +14,7 @@ from metalearn.base import Batches
 from metalearn.estimators.unrolled import Unrolled
 from metalearn.optim.first_order import SGD, Adam
 from metalearn.random import fold, key, normal
-from metalearn.unroll import Descent, Tasks, differentiable_kernels, unroll
+from metalearn.unroll import Descent, TaskBatch, Tasks, differentiable_kernels, unroll
 
 
 class Regression(Descent):
@@ -99,6 +99,20 @@ def test_tasks_match_their_mean_one_by_one(mode):
             singles.append(torch.autograd.grad(problem.outer(leaf, end, batches.outer), leaf["scale"])[0])
     torch.testing.assert_close(joint.grad["scale"], torch.stack(singles).mean(), rtol=1e-10, atol=0)
     assert estimator.refusal(tasks) is None
+
+
+def test_each_of_several_runs_gives_its_rule_its_own_loss():
+    class Scaled(SGD):
+        needs_loss = True
+
+        def update(self, meta, grads, state, params, *, loss=None):
+            return super().update(meta, {name: loss * grad for name, grad in grads.items()}, state, params)
+
+    rule, p, loss = TaskBatch(Scaled(0.1)), {"p": torch.ones(3, 2)}, torch.tensor([1.0, 2.0, 4.0])
+    after, _ = rule.update({}, p, rule.init({}, p), p, loss=loss)
+    torch.testing.assert_close(after["p"], 1 - 0.1 * loss[:, None].expand(3, 2))
+    with pytest.raises(ValueError, match="Scaled needs the loss of each of several runs"):
+        rule.update({}, p, rule.init({}, p), p, loss=loss.mean())
 
 
 def test_ranks_divide_the_tasks():

@@ -122,7 +122,8 @@ class Evolution(Estimator):
         require_range("steps", batches.steps, 1)
         center_P, place = _center(meta)
         window = _Window(problem, center_P, place, batches, key, self._numbers(key))
-        with torch.no_grad(), differentiable_kernels():
+        # Differences of losses, as those of nearby weights are, need float32.
+        with torch.no_grad(), differentiable_kernels(), torch.autocast(key.device.type, enabled=False):
             return self._estimate(window, self.resumed(window, state["pairs"]))
 
     def carried(self, pairs: Pairs) -> Tree:

@@ -121,6 +121,8 @@ class FactoredRule(LearnedRule):
 
     def _tensor(self, meta: Params, bias: Tensor, planes: Planes, own: Own) -> Tensor:
         """The step (…, n) of one tensor."""
+        if not own.gradient.numel():
+            return own.gradient.flatten(-6)
         axis, length = self._cut(planes, own.gradient)
         size, factored = planes.shape[axis], own.column is not None
         spread = _spread(meta["weight_0"], own)

@@ -272,9 +272,13 @@ def _layout(params: Sequence[Tensor], members: Sequence[int]) -> Layout:
 
 
 def _descend(params: list[Tensor], moves: list[Tensor], group: dict[str, Any]) -> None:
+    exact = [p.to(move.dtype) for p, move in zip(params, moves, strict=True)]  # half precision is rounded once
     if group["weight_decay"]:
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-    torch._foreach_add_(params, moves, alpha=-group["lr"])
+        torch._foreach_mul_(exact, 1 - group["lr"] * group["weight_decay"])
+    torch._foreach_add_(exact, moves, alpha=-group["lr"])
+    for p, value in zip(params, exact, strict=True):
+        if p is not value:
+            p.copy_(value)
 
 
 def _chosen(name: str, leaf: Tensor, shapes: Sequence[torch.Size], own: Sequence[bool]) -> Tensor:

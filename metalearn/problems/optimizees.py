@@ -50,7 +50,8 @@ class Optimizee(TrainingRun):
         rule: the learned rule; its weights before meta-training are where meta-training begins.
         horizon: T, the steps of an episode, at least 1.
         shortest: T is drawn anew for each episode, log-uniformly from shortest ... horizon; null for always horizon.
-        multiple_of: T is rounded to a multiple of this, at least 1: of the window, for estimators that need whole ones.
+        multiple_of: T is rounded to a multiple of this, 1 ... shortest, which divides horizon: of the window, for estimators
+            that need whole ones.
         objective: "train" or "validation".
         target: what outputs are compared with: "class" by cross-entropy, "input" by the mean squared difference.
         batch_size: examples of a step, at least 1.
@@ -88,7 +89,9 @@ class Optimizee(TrainingRun):
         super().__init__(source, model, rule, horizon, init_seed=init_seed)
         require_range("batch_size", batch_size, 1)
         require_range("shortest", horizon if shortest is None else shortest, 1, horizon)
-        require_range("multiple_of", multiple_of, 1, horizon)
+        require_range("multiple_of", multiple_of, 1, horizon if shortest is None else shortest)
+        if horizon % multiple_of:
+            raise ValueError(f"multiple_of is {multiple_of} with horizon {horizon}; accepted: what divides the horizon")
         require_range("rescale", rescale, 1.0)
         require_choice("objective", objective, OBJECTIVES)
         require_choice("target", target, TARGETS)
@@ -186,6 +189,13 @@ class Optimizee(TrainingRun):
 
     def predict(self, state: InnerState, inputs: Tensor) -> Tensor:
         return super().predict(state._replace(params=self._unscaled(state)), inputs)
+
+    def score(self, state: InnerState, part: str) -> dict[str, float]:
+        if self.target == "class":
+            return super().score(state, part)
+        examples = self.examples(part, state.step.device)
+        with torch.no_grad():
+            return {"loss": float(self._loss(self.predict(state, examples.inputs), examples))}
 
     def _loss(self, outputs: Tensor, examples: Examples) -> Tensor:
         if self.target == "class":

@@ -16,7 +16,7 @@ from metalearn import random
 from metalearn.base import BASE, Estimator, InnerProblem, require_range
 from metalearn.files import write_whole
 from metalearn.optim.learned import LearnedRule
-from metalearn.optim.saving import save_rule
+from metalearn.optim.saving import describe, save_rule
 from metalearn.problems.comparison import Comparison, compare, mean_loss
 from metalearn.problems.mixture import Mixture, OverMixture
 from metalearn.problems.optimizees import Optimizee
@@ -50,6 +50,8 @@ class LearnedOptimizerTraining(MetaGradientLearning):
     "VeLO: Training Versatile Learned Optimizers by Scaling Up".
     """
 
+    needed_everywhere = (*MetaGradientLearning.needed_everywhere, "rule")
+
     def __init__(
         self,
         problem: InnerProblem,
@@ -67,6 +69,12 @@ class LearnedOptimizerTraining(MetaGradientLearning):
         for multiple in horizons:
             require_range("horizons", multiple, 1)
         self.optimizees = [_as_optimizee(each) for each in (problem.problems if mixed else [problem])]
+        rules = [each.rule for each in self.optimizees if isinstance(each.rule, LearnedRule)]
+        described = [describe(rule) for rule in rules]
+        if other := [each for each in described if each != described[0]]:
+            raise ValueError(
+                f"problems of a mixture have the rules {described[0]} and {other[0]}; accepted: one rule for all"
+            )
         self.runs, self.horizons = runs, tuple(horizons)
 
     @property

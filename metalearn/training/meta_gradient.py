@@ -8,7 +8,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from metalearn import random, tree
 from metalearn.base import Estimator, InnerProblem, MetaGradient, Params, Tree, require_range
 from metalearn.estimators.forward import TwoPhase, ZerothOrder
+from metalearn.problems.mixture import OverMixture
 from metalearn.training.callbacks import Cost
 from metalearn.training.data import request_loader
 from metalearn.unroll import Tasks
@@ -101,6 +102,8 @@ class MetaGradientLearning(Evaluated):
         ValueError: for values out of range, a pair of problem and estimator that cannot work, or a checkpoint of
         another problem or estimator.
     """
+
+    needed_everywhere: ClassVar[tuple[str, ...]] = ("problem", "division")  # of the card, not for going on alone
 
     def __init__(
         self,
@@ -235,7 +238,7 @@ class MetaGradientLearning(Evaluated):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved, own = checkpoint.get("problem", {}), self._card()
         for name in own:
-            if saved.get(name) != own[name] and (self.trainer.state.fn == "fit" or name in ("problem", "division")):
+            if saved.get(name) != own[name] and (self.trainer.state.fn == "fit" or name in self.needed_everywhere):
                 raise ValueError(
                     f"the checkpoint was trained with {name} {saved.get(name)}, not {own[name]}; accepted: the same "
                     f"{name}, or another --run_dir"
@@ -245,7 +248,7 @@ class MetaGradientLearning(Evaluated):
     def _card(self) -> dict[str, Any]:
         """What a resumed run must not change without saying so."""
         data = self.problem.record()
-        names = {"problem": type(self.problem).__name__, "estimator": type(self.estimator).__name__}
+        names = {"problem": type(self.problem).__name__, "estimator": type(_in_a_mixture(self.estimator)).__name__}
         return names | {"data": data, "division": data["division"], "steps": self.steps}
 
     def _all_shares(self, packed: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -273,7 +276,12 @@ class MetaGradientLearning(Evaluated):
         return "pairs" in name.split("/")[:2] or (self._divides_tasks and leaf.ndim > 0)
 
 
+def _in_a_mixture(estimator: Estimator) -> Estimator:
+    return estimator.estimator if isinstance(estimator, OverMixture) else estimator
+
+
 def _takes_differences(estimator: Estimator) -> bool:
+    estimator = _in_a_mixture(estimator)
     parts = (estimator.first, estimator.second) if isinstance(estimator, TwoPhase) else (estimator,)
     return any(isinstance(part, ZerothOrder) for part in parts)
 

@@ -168,6 +168,16 @@ def test_order_of_tensors_does_not_matter(rule):
     torch.testing.assert_close(turned.unpack(backwards), LAYOUT.unpack(forwards), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:var")
+@every_rule
+def test_a_tensor_without_entries_changes_nothing(rule):
+    wider = Layout.of({name: torch.zeros(shape) for name, shape in (SHAPES | {"empty": (0, 3)}).items()})
+    size = wider.pack({name: torch.zeros(shape) for name, shape in (SHAPES | {"empty": (0, 3)}).items()}).numel()
+    meta, params_P, targets_P = weights_of(rule), drawn("params", size), drawn("targets", size)
+    wanted, found = (runs(rule, meta, params_P, targets_P, layout)[0] for layout in (LAYOUT, wider))
+    torch.testing.assert_close(found, wanted, **CLOSE)
+
+
 @every_rule
 def test_refuses_weights_of_other_shapes(rule):
     name, value = next(iter(rule.weights.items()))

@@ -356,6 +356,18 @@ def test_matches_the_update_in_float32_where_parameters_are_halves():
     assert torch.equal(q, value)
 
 
+def test_halves_that_decay_are_rounded_once():
+    class Constant(LearnableSGD):
+        def direction(self, meta, layout, grads_P, state, params_P, loss):
+            return grads_P, state
+
+    p, g = torch.randn(1000).bfloat16(), torch.randn(1000).bfloat16()
+    q = nn.Parameter(p.clone())
+    q.grad = g
+    LearnedOptimizer([q], Constant(), lr=0.1, weight_decay=0.3).step()
+    assert torch.equal(q, (p.float() * (1 - 0.1 * 0.3) - 0.1 * g.float()).bfloat16())
+
+
 def test_matches_each_precision_by_itself():
     (singles, single_loss), (doubles, double_loss) = problem(), problem(torch.float64)
     rule = lively(SmallMLP)

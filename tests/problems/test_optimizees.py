@@ -95,6 +95,8 @@ def test_inputs_as_targets_train_an_autoencoder():
     assert problem.num_outputs == 6
     found = curves(problem, problem.rule, {"log_rate": torch.tensor(-1.0)}, keys(4), 60)
     assert found[:, -10:].mean() < 0.9 * found[:, :10].mean()
+    scored = problem.evaluate({"log_rate": torch.tensor(-1.0)}, random.key(1), test=False)
+    assert scored.keys() == {"loss"} and scored["loss"] == pytest.approx(float(found[:, -10:].mean()), rel=0.4)
 
 
 @pytest.mark.parametrize("estimator", [PersistentES(pairs=64, std=0.05), Unrolled("graph")], ids=["pes", "unrolled"])
@@ -134,6 +136,8 @@ def test_second_derivatives_are_left_out_unless_asked_for():
         ({"objective": "validation"}, "inner_validation is 0.0 with objective validation; accepted: 0 < share < 1"),
         ({"inner_validation": 0.1}, "inner_validation is 0.1 with objective train; accepted: 0"),
         ({"shortest": 7}, "shortest is 7; accepted: 1 <= shortest <= 6"),
+        ({"multiple_of": 4}, "multiple_of is 4 with horizon 6; accepted: what divides the horizon"),
+        ({"multiple_of": 3, "shortest": 2}, "multiple_of is 3; accepted: 1 <= multiple_of <= 2"),
         ({"rescale": 0.5}, "rescale is 0.5; accepted: 1.0 <= rescale"),
         ({"target": "x"}, "target is 'x'"),
         ({"batch_size": 0}, "batch_size is 0"),

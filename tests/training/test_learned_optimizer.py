@@ -100,7 +100,23 @@ def test_what_cannot_be_meta_trained_is_refused(learn, tmp_path):
         LearnedOptimizerTraining(optimizee(rule=Adam()), NoiseReuseES(), 3, make)
     with pytest.raises(ValueError, match="horizons is 0; accepted: 1 <="):
         LearnedOptimizerTraining(optimizee(), NoiseReuseES(), 3, make, horizons=(0,))
+    unlike = Mixture([optimizee(), optimizee(rule=LearnableSGD(lr=0.5))])
+    with pytest.raises(
+        ValueError, match="problems of a mixture have the rules .*0.01.* and .*0.5.*; accepted: one rule"
+    ):
+        LearnedOptimizerTraining(unlike, NoiseReuseES(), 3, make)
+
+
+def test_a_checkpoint_of_another_rule_or_estimator_is_refused(learn, tmp_path, make_trainer):
     keep = functools.partial(learn, RunCheckpoint(str(tmp_path), 2), enable_checkpointing=True)
-    keep(max_steps=2)
+    keep(problem=mixture(), max_steps=2)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    with pytest.raises(ValueError, match=r"trained with estimator NoiseReuseES, not PersistentES"):
+        keep(problem=mixture(), estimator=PersistentES(pairs=4), max_steps=4, ckpt_path=last)
+    rule = Scaled()
+    other = Mixture([optimizee(3, rule), optimizee(5, rule)])
     with pytest.raises(ValueError, match=r"trained with rule .*LearnableSGD.*, not .*Scaled"):
-        keep(problem=optimizee(rule=Scaled()), max_steps=4, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+        keep(problem=other, max_steps=4, ckpt_path=last)
+    module = LearnedOptimizerTraining(other, NoiseReuseES(pairs=4), 3, functools.partial(torch.optim.Adam, lr=0.1))
+    with pytest.raises(ValueError, match=r"trained with rule .*LearnableSGD.*, not .*Scaled"):
+        make_trainer(limit_val_batches=1).validate(module, OuterSteps(0), ckpt_path=last)
