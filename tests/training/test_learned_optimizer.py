@@ -102,7 +102,7 @@ def test_what_cannot_be_meta_trained_is_refused(learn, tmp_path):
         LearnedOptimizerTraining(optimizee(), NoiseReuseES(), 3, make, horizons=(0,))
     unlike = Mixture([optimizee(), optimizee(rule=LearnableSGD(lr=0.5))])
     with pytest.raises(
-        ValueError, match="problems of a mixture have the rules .*0.01.* and .*0.5.*; accepted: one rule"
+        ValueError, match=r"problems of a mixture have the rules .*0.01.* and .*0.5.*; accepted: one rule"
     ):
         LearnedOptimizerTraining(unlike, NoiseReuseES(), 3, make)
 
