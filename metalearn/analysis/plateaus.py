@@ -195,7 +195,7 @@ def plot_interventions(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.invert_yaxis()
     coverages = sorted({f"{100 * coverage:.3g}" for coverage in table["coverage"].dropna()})
     title = f"plateau: median and {'-'.join(dict.fromkeys((*coverages[:1], *coverages[-1:])))} % interval"
-    ax.set(xscale="log", xlabel="steps on the plateau", title=f"{title} (seeds that left it)")
+    ax.set(xscale="log", xlabel="steps on the plateau", title=f"{title}\n(seeds that left it)")
     _clean(ax, "x")
     return ax
 
