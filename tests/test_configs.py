@@ -37,6 +37,9 @@ SHRUNK_BY_TOPIC = {
 CHEAPER = {
     "loss_search": ("population_size: 32, initial_size: 64", "population_size: 4"),
     "loss_tuning": ("evaluation_steps: 200", "evaluation_steps: 5"),
+    "learned_optimizer": ("horizon: ", "horizon: 20 # "),
+    "family": ("groups: 3", "groups: 1"),
+    "fashion_conv": ("pairs: 8", "pairs: 2"),
     "heavy_tailed": ("evaluation_steps: 300", "evaluation_steps: 5"),
     "mnist_paper": ("rank: 300", "rank: null"),
     "data_cleaning": ("evaluation_steps: 500", "evaluation_steps: 5"),
@@ -65,6 +68,8 @@ def image_sets(tmp_path_factory):
                 {"image": list(pixels), label: [i % classes for i in range(count)]}, features=features
             )
             rows.to_parquet(folder / dataset / f"{split}-00000-of-00001.parquet")
+    (folder / "tinyshakespeare").mkdir()
+    (folder / "tinyshakespeare" / "input.txt").write_text("Speak, speak.\nFirst, you know.\n" * 100)
     return folder
 
 

@@ -19,9 +19,16 @@ import metalearn.models.self_modifying
 import metalearn.models.transformer
 import metalearn.models.vision
 import metalearn.multilevel.reweighting
+import metalearn.optim.dynamic_mode
+import metalearn.optim.factored_mlp
 import metalearn.optim.first_order
+import metalearn.optim.hyper
+import metalearn.optim.learnable
+import metalearn.optim.lstm
+import metalearn.optim.mlp
 import metalearn.optim.sign_momentum
 import metalearn.optim.small_mlp
+import metalearn.optim.star
 import metalearn.problems.data_weights
 import metalearn.problems.distillation
 import metalearn.problems.few_shot
