@@ -10,7 +10,9 @@ every step: glibc's malloc gives blocks as large as these back when they are fre
 again in a process whose malloc keeps them.
 
 The group "meta" times an outer step of ``configs/learned_optimizer/digits_mlp.yaml``, ten inner steps of all pairs of runs, in
-milliseconds of the thread's CPU time, with memory kept as ``metalearn fit`` keeps it.
+milliseconds of the thread's CPU time, with memory kept as ``metalearn fit`` keeps it. The group "guard" times ten steps of training
+under ``LossGuard`` against ten under the learned optimizer alone, gradients included. The group "gpu", which is left out
+where there is none, times the compiled step of ``LearnedOptimizer`` on 84 million parameters.
 """
 
 import json
@@ -19,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,9 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.nn import functional
 
+from experiments.bench.held import peak
 from experiments.bench.meta_gradients import Bounded
 from experiments.bench.report import Effort, header
 from experiments.bench.timing import UnequalError, require_equal
@@ -40,15 +41,19 @@ from metalearn import random, tree
 from metalearn.base import Params, require_choice, require_range
 from metalearn.memory import keep_freed_memory
 from metalearn.optim.factored_mlp import FactoredMLP
+from metalearn.optim.guard import LossGuard
 from metalearn.optim.learned import LearnedRule
 from metalearn.optim.small_mlp import SmallMLP
 from metalearn.optim.star import STAR
+from metalearn.optim.torch_face import LearnedOptimizer
 
 SIZES = (784, 512, 512, 10)
-BARS = {32: 1 / 2, 4: 1 / 4, "compiled": 1 / 10, "state": 1.0, "peak": 1.0, "outer": 1.0}
+BARS = {32: 1 / 2, 4: 1 / 4, "compiled": 1 / 10, "state": 1.0, "peak": 1.0, "outer": 1.0, "guard": 2.3, "gpu": 1.0}
 PUBLISHED = {32: 599.5, 4: 329.4}  # ns per parameter of a public torch writing of the unfolded rule, on another machine
 PEAK_BYTES = 64.0  # per parameter, of all that a step holds beside its arguments
 OUTER_MILLISECONDS, PAIRS = 70.0, (4, 16, 64)
+PERIOD = 10  # of a guard, and steps that are timed at once
+GPU_NANOSECONDS, GPU_SHAPE, GPU_TENSORS = 2.0, (2048, 4096), 10  # 84 million parameters
 KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}  # what tells glibc to give no memory back
 STEPS = 3  # that both sides take before they are compared
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -233,6 +238,71 @@ def meta(bench: Bench) -> Iterator[Bounded]:
         yield Bounded(f"a particle's time, {pairs} pairs / {PAIRS[0]}", own[:length], single[:length], "ms", None)
 
 
+def guard(bench: Bench) -> Iterator[Bounded]:
+    """Ten steps of training under ``LossGuard`` against ten under the learned optimizer alone."""
+
+    def training(guarded: bool) -> Callable[[], float]:
+        params = [nn.Parameter(p) for p in bench.params.values()]
+        x, y = random.normal(random.key(0, "x"), (64, bench.sizes[0])), torch.arange(64) % bench.sizes[-1]
+        optimizer: torch.optim.Optimizer = LearnedOptimizer(params, SmallMLP())
+        if guarded:
+            optimizer = LossGuard(optimizer, torch.optim.SGD(params, lr=0.01), PERIOD)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            values = x
+            for weight, bias in zip(params[::2], params[1::2], strict=True):
+                values = functional.linear(values if weight is params[0] else values.relu(), weight, bias)
+            loss = functional.cross_entropy(values, y)
+            loss.backward()
+            return loss
+
+        def steps() -> float:
+            began = time.thread_time()
+            for _ in range(PERIOD):
+                optimizer.step(closure)
+            return (time.thread_time() - began) / PERIOD
+
+        return steps
+
+    name = f"a step of training, period {PERIOD}, guarded / alone"
+    yield compared(name, bench, training(True), training(False), bench.bar("guard"))
+
+
+def gpu(bench: Bench) -> Iterator[Bounded]:
+    """The compiled step of the 39-feature rule on a GPU, against its bound and torch's fused Adam; first, as without."""
+    params, others = (
+        [nn.Parameter(torch.ones(GPU_SHAPE, device="cuda")) for _ in range(GPU_TENSORS)] for _ in range(2)
+    )
+    for k, (p, q) in enumerate(zip(params, others, strict=True)):
+        p.grad = q.grad = 0.01 * random.normal(random.key(k, "gpu", device="cuda"), GPU_SHAPE)
+    ours, eager = (
+        LearnedOptimizer(own, FactoredMLP([4, 4]), compile=c) for own, c in ((params, True), (others, False))
+    )
+    for _ in range(STEPS):
+        ours.step()
+        eager.step()
+    require_equal(f"parameters after {STEPS} steps", params[0].detach(), others[0].detach(), TOLERANCE[torch.float32])
+    adam, count = torch.optim.Adam(others, fused=True), sum(p.numel() for p in params)
+
+    def timed(step: Callable[[], object]) -> Callable[[], float]:
+        def call() -> float:
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(PERIOD):
+                step()
+            torch.cuda.synchronize()
+            return (time.perf_counter() - began) / PERIOD
+
+        return call
+
+    measured = bench.effort.compare(timed(ours.step), timed(adam.step))
+    mine, other = ([1e9 * seconds / count for seconds in side] for side in (measured.ours, measured.theirs))
+    name = f"step of {count / 1e6:.0f}M parameters, hidden 4, compiled"
+    yield Bounded(f"{name} / bound", mine, [GPU_NANOSECONDS] * len(mine), "ns/param", BARS["gpu"])
+    yield Bounded(f"{name} / Adam fused", mine, other, "ns/param")
+
+
 class OuterStep:
     """Outer steps of the digits config, one after the other, with so many pairs."""
 
@@ -251,42 +321,6 @@ class OuterStep:
         return time.thread_time() - began
 
 
-class Held(TorchDispatchMode):
-    """Bytes of all storages that operations make, those held now and at most so far."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {leaf.untyped_storage()._cdata for leaf in _tensors((args, kwargs))}
-        made = func(*args, **(kwargs or {}))
-        for leaf in _tensors(made):
-            storage = leaf.untyped_storage()
-            if storage._cdata not in self._known | given:
-                self._known.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-        return made
-
-    def _free(self, storage: int, size: int) -> None:
-        self._known.remove(storage)
-        self.now -= size
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def peak(call: Callable[[], object]) -> int:
-    """Bytes held at most by what ``call`` makes."""
-    with Held() as held:
-        call()
-    return held.peak
-
-
 # -- the report --------------------------------------------------------------------------------------------------------
 
 GROUPS: dict[str, Callable[[Bench], Iterator[Bounded]]] = {
@@ -295,6 +329,8 @@ GROUPS: dict[str, Callable[[Bench], Iterator[Bounded]]] = {
     "star": star,
     "reused": reused,
     "memory": memory,
+    "guard": guard,
+    "gpu": gpu,
     "meta": meta,  # last, because the process keeps its memory from then on
 }
 
@@ -305,12 +341,13 @@ def main(pairs: int = 7, seconds: float = 30, only: str | None = None, json: Pat
     Args:
         pairs: interleaved pairs per measurement, at least 1.
         seconds: past which a measurement begins no further pair, >= 0.
-        only: groups of measurements, as "step,memory"; null for all.
+        only: groups of measurements, as "step,memory"; null for all that this machine has the hardware for.
         json: file that the rows are written to.
     """
-    chosen = list(GROUPS) if only is None else only.split(",")
+    here = tuple(group for group in GROUPS if group != "gpu" or torch.cuda.is_available())
+    chosen = here if only is None else only.split(",")
     for group in chosen:
-        require_choice("only", group, GROUPS)
+        require_choice("only", group, here)
     require_range("pairs", pairs, 1)
     require_range("seconds", seconds, 0)
     torch.set_num_threads(1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from experiments.bench import learned_optimizers as bench
+from experiments.bench.held import peak
 from experiments.bench.meta_gradients import Effort
 from experiments.bench.timing import UnequalError
 from experiments.bench.unfolded import Unfolded
@@ -12,7 +13,7 @@ from metalearn.optim.factored_mlp import FactoredMLP
 SMALL = bench.Bench(Effort(pairs=1, seconds=0.0), sizes=(6, 5, 3))
 
 
-@pytest.mark.parametrize(("group", "num_rows"), [("step", 6), ("star", 1), ("memory", 5), ("meta", 3)])
+@pytest.mark.parametrize(("group", "num_rows"), [("step", 6), ("star", 1), ("memory", 5), ("guard", 1), ("meta", 3)])
 def test_groups_give_rows_without_bars_on_other_networks(group, num_rows, monkeypatch):
     monkeypatch.setattr(bench, "keep_freed_memory", bool)  # other tests in this process measure memory
     rows = list(bench.GROUPS[group](SMALL))
@@ -36,7 +37,7 @@ def test_peak_is_of_what_is_held_at_once():
         del first
         return (second * 2).sum()  # 800 again, then 4 more
 
-    assert bench.peak(call) == 804
+    assert peak(call) == 804
 
 
 def test_report_writes_rows_and_refusals(tmp_path, capsys, monkeypatch):
