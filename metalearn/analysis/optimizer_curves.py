@@ -58,12 +58,12 @@ def plot_update_curves(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def plot_schedule(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw the effective step of ``autonomous`` against the number of updates, each rule's in units of its first."""
+    """Draw the effective step of ``autonomous`` against the number of updates, each rule's in units of its largest."""
     ax = _axes(ax)
     for (name, part), colour in _lines(frame):
-        share = part["effective_step"] / part["effective_step"].iloc[0]
+        share = part["effective_step"] / max(part["effective_step"].abs().max(), 1e-300)
         ax.plot(part["step"], share, color=colour, linewidth=1.6, label=name)
-    ax.set(xlabel="updates without a gradient", ylabel="effective step, relative to the first")
+    ax.set(xlabel="updates without a gradient", ylabel="effective step, relative to the largest")
     ax.set_ylim(bottom=0)
     return _finished(ax)
 

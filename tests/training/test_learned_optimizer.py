@@ -9,7 +9,8 @@ from problems.conftest import Clusters
 from problems.learned_rules import Scaled
 from training.conftest import Stop
 
-from metalearn.estimators.evolution import NoiseReuseES, PersistentES
+from metalearn.estimators.evolution import GeneralizedPersistentES, NoiseReuseES, PersistentES, TruncatedES
+from metalearn.estimators.forward import ForwardGradient
 from metalearn.estimators.unrolled import Unrolled
 from metalearn.models.vision import MLP
 from metalearn.optim.first_order import Adam
@@ -48,11 +49,20 @@ def mixture():
     return Mixture([optimizee(3, rule), optimizee(5, rule, shortest=3, multiple_of=3)])
 
 
-@pytest.mark.parametrize("problem", [optimizee, mixture], ids=["one", "mixture"])
-@pytest.mark.parametrize(
-    "estimator", [NoiseReuseES(pairs=2, stagger=True), PersistentES(pairs=2), Unrolled("graph", warm_start=True)]
-)
-def test_resumed_run_is_bit_equal(learn, tmp_path, problem, estimator):
+RESUMED = {
+    "nres": (NoiseReuseES(pairs=2, stagger=True), optimizee),
+    "nres, mixture": (NoiseReuseES(pairs=2, stagger=True), mixture),
+    "pes": (PersistentES(pairs=2), optimizee),
+    "gpes": (GeneralizedPersistentES(pairs=2, resample_every=2), optimizee),
+    "es": (TruncatedES(pairs=2), optimizee),
+    "truncated": (Unrolled("graph", warm_start=True), optimizee),
+    "truncated, mixture": (Unrolled("graph", warm_start=True), mixture),
+    "fg2u": (ForwardGradient(directions=2), optimizee),
+}
+
+
+@pytest.mark.parametrize(("estimator", "problem"), RESUMED.values(), ids=RESUMED.keys())
+def test_resumed_run_is_bit_equal(learn, tmp_path, estimator, problem):
     """Weights, inner runs and the file that is taken home."""
     options = {"estimator": estimator, "max_steps": 6, "enable_checkpointing": True}
     whole = learn(RunCheckpoint(str(tmp_path / "whole"), 2), problem=problem(), **options)
