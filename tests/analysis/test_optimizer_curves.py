@@ -42,7 +42,7 @@ def test_lines_are_the_columns(rules: dict[str, Coordinate]) -> None:
     grid = np.array([1.0, 2.0, 4.0])
     for plot, x, y, shown in (
         (plot_update_curves, "grad", "update", [-0.25, -0.5, -1.0]),
-        (plot_schedule, "step", "effective_step", [1.0, 2.0, 4.0]),
+        (plot_schedule, "step", "effective_step", [0.25, 0.5, 1.0]),
         (plot_adaptation, "magnitude", "effective_step", [1.0, 2.0, 4.0]),
         (plot_stability, "curvature", "radius", [1.0, 2.0, 4.0]),
     ):
