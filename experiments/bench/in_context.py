@@ -17,6 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from experiments.bench.report import Effort, Row, header
+from experiments.bench.report import Effort, Row, header, report
 from experiments.bench.tasks import (
     CLASSES,
     LENGTH,
@@ -333,14 +334,8 @@ def main(threads: int = 1, pairs: int = 7, only: Group | None = None, seconds: f
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     print(header(images().name), flush=True)
     groups = (generation, training, end_to_end, classifier, gpu)
-    for group in groups:
-        if only not in (None, group.__name__):
-            continue
-        try:
-            for row in group(Effort(pairs, seconds / NUM_ROWS)):
-                print(row, flush=True)
-        except UnequalError as error:
-            print(f"{group.__name__}: NOT MEASURED: {error}", flush=True)
+    effort = Effort(pairs, seconds / NUM_ROWS)
+    report({group.__name__: partial(group, effort) for group in groups if only in (None, group.__name__)})
 
 
 if __name__ == "__main__":

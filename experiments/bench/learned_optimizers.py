@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from experiments.bench.held import peak
-from experiments.bench.meta_gradients import Bounded
-from experiments.bench.report import Effort, header
-from experiments.bench.timing import UnequalError, require_equal
+from experiments.bench.report import Bounded, Effort, header, report
+from experiments.bench.timing import require_equal
 from experiments.bench.unfolded import Unfolded
 from experiments.meta_trained import digits_task, evolution
 from metalearn import random, tree
@@ -352,24 +352,12 @@ def main(pairs: int = 7, seconds: float = 30, only: str | None = None, json: Pat
     require_range("seconds", seconds, 0)
     torch.set_num_threads(1)
     print(header("none"), flush=True)
-    report(Bench(Effort(pairs, seconds)), chosen, json)
+    measure(Bench(Effort(pairs, seconds)), chosen, json)
 
 
-def report(bench: Bench, chosen: Sequence[str], path: Path | None) -> None:
-    """Print the groups' rows as they come, and write them to a file where there is one."""
-    written: list[dict[str, Any]] = []
-    for group in chosen:
-        try:
-            for row in GROUPS[group](bench):
-                print(row, flush=True)
-                met = None if row.bar is None else row.met
-                sides = {"ours": list(row.ours), "theirs": list(row.theirs), "unit": row.unit}
-                written.append({"name": row.name, "ratio": row.ratio, "bar": row.bar, "met": met, **sides})
-        except UnequalError as error:
-            print(f"{group}: NOT MEASURED: {error}", flush=True)
-            written.append({"name": group, "error": str(error)})
-    if path is not None:
-        path.write_text(json.dumps(written, indent=1))
+def measure(bench: Bench, chosen: Sequence[str], path: Path | None) -> None:
+    """Print these groups' rows as they come, and write them to a file where there is one."""
+    report({group: partial(GROUPS[group], bench) for group in chosen}, path)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ products of matrices take the time, as with 512 hidden units on a CPU.
 """
 
 import itertools
-import json
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,8 +36,7 @@ from experiments.bench.loss_runs import (
     rescored,
     shared_training,
 )
-from experiments.bench.meta_gradients import Bounded
-from experiments.bench.report import Effort, Row, header
+from experiments.bench.report import Bounded, Effort, Row, header, report
 from experiments.bench.timing import Comparison, UnequalError, require_equal
 from metalearn.base import require_choice
 from metalearn.problems.learned_loss import LossTask
@@ -317,35 +314,18 @@ def main(
     print(header("digits"), flush=True)
     effort = Effort(1 if quick else pairs, seconds / NUM_ROWS)
     bench = Bench(effort, drawn(32, KEY), checkout=reference_path)
-    report(replace(bench, **SMALL) if quick else bench, chosen, json)
+    measure(replace(bench, **SMALL) if quick else bench, chosen, json)
 
 
 SMALL: dict[str, Any] = {"steps": 10, "meta_steps": 2, "proposals": 20, "shared": 8, "scale": Scale(4, 2, 2, 5, 12)}
 
 
-def report(bench: Bench, chosen: Sequence[str], path: Path | None) -> None:
-    """Print the groups' rows as they come, and write them to a file where there is one."""
+def measure(bench: Bench, chosen: Sequence[str], path: Path | None) -> None:
+    """Print these groups' rows as they come, and write them to a file where there is one."""
     lengths = sum(len(one.program or ()) for one in bench.candidates) / len(bench.candidates)
     shared = f"{live_and_unique(bench.candidates)} of {len(bench.candidates)} candidates are live and unique"
     print(f"{shared}, of {lengths:.1f} nodes on average", flush=True)
-    written: list[dict[str, Any]] = []
-    for group in chosen:
-        try:
-            for row in GROUPS[group](bench):
-                print(row, flush=True)
-                written.append(_as_builtins(row))
-        except UnequalError as error:
-            print(f"{group}: NOT MEASURED: {error}", flush=True)
-            written.append({"name": group, "error": str(error)})
-    if path is not None:
-        path.write_text(json.dumps(written, indent=1))
-
-
-def _as_builtins(row: Row | Bounded) -> dict[str, Any]:
-    if isinstance(row, Bounded):
-        return {"name": row.name, "bar": row.bar, "met": row.met, row.unit: statistics.median(row.ours)}
-    ratio, samples = row.measured.ratio, {"ours": list(row.measured.ours), "theirs": list(row.measured.theirs)}
-    return {"name": row.name, "ratio": ratio, "bar": row.bar, "met": row.bar and ratio >= row.bar, "seconds": samples}
+    report({group: partial(GROUPS[group], bench) for group in chosen}, path)
 
 
 if __name__ == "__main__":

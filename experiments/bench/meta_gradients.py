@@ -4,10 +4,8 @@ Rows are ratios ours / theirs, below 1 where ours is better; gradients are found
 problem is that of ``experiments.bench.peers``. ``--matrix`` prints problems x estimators instead.
 """
 
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal
 
@@ -20,8 +18,8 @@ from experiments.bench.memory import in_fresh_process
 from experiments.bench.meta_gpu import costs
 from experiments.bench.meta_matrix import print_matrix, slopes
 from experiments.bench.peers import KEY, data_weights, estimated, higher_gradient, torchopt_gradient
-from experiments.bench.report import Effort, header
-from experiments.bench.timing import UnequalError, require_equal
+from experiments.bench.report import Bounded, Effort, header, report
+from experiments.bench.timing import require_equal
 from metalearn.base import Params
 from metalearn.estimators.forward import ForwardGradient
 from metalearn.estimators.unrolled import Unrolled
@@ -34,39 +32,6 @@ TASKS = 16
 SETTINGS = ((128, 20), (256, 80))
 NUM_ROWS = 16  # of a whole report, over which the time is shared out
 by_higher = partial(higher_gradient, optimizer=partial(torch.optim.SGD, lr=0.1))
-
-
-@dataclass(frozen=True)
-class Bounded:
-    """One line of the report: two ways, and their ratio ours / theirs against a bar."""
-
-    name: str
-    ours: Sequence[float]
-    theirs: Sequence[float]
-    unit: str
-    bar: float | None = None
-    at_least: bool = False  # whether the bar is a lower one
-
-    @property
-    def ratio(self) -> float:
-        """The median over pairs."""
-        return statistics.median(self._ratios)
-
-    @property
-    def met(self) -> bool:
-        assert self.bar is not None
-        return self.ratio >= self.bar if self.at_least else self.ratio <= self.bar
-
-    @property
-    def _ratios(self) -> list[float]:
-        return [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
-
-    def __str__(self) -> str:
-        ours, theirs = (f"{statistics.median(side):,.1f}" for side in (self.ours, self.theirs))
-        spread = f"{self.ratio:.2f} [{min(self._ratios):.2f}, {max(self._ratios):.2f}]"
-        sign, verdict = (">=", "BELOW") if self.at_least else ("<=", "ABOVE")
-        judged = "" if self.bar is None else f"{sign} {self.bar:<5.3g} {'ok' if self.met else verdict}"
-        return f"{self.name:<56}{ours:>10}{theirs:>10} {self.unit:<8} {spread:<22} {judged}".rstrip()
 
 
 def memory(effort: Effort) -> Iterator[Bounded]:
@@ -208,14 +173,8 @@ def main(
         print_matrix()
         return
     groups = (memory, one_task, torchopt_time, many_tasks, forward, two_ranks, dense, gpu)
-    for group in groups:
-        if only not in (None, group.__name__):
-            continue
-        try:
-            for row in group(Effort(1 if quick else pairs, seconds / NUM_ROWS)):
-                print(row, flush=True)
-        except UnequalError as error:
-            print(f"{group.__name__}: NOT MEASURED: {error}", flush=True)
+    effort = Effort(1 if quick else pairs, seconds / NUM_ROWS)
+    report({group.__name__: partial(group, effort) for group in groups if only in (None, group.__name__)})
 
 
 if __name__ == "__main__":

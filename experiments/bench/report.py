@@ -1,17 +1,20 @@
 """How every benchmark shows what it measured: a header, then a row per comparison."""
 
+import json
 import os
 import platform
+import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from experiments.bench.timing import Comparison, compare
+from experiments.bench.timing import Comparison, UnequalError, compare
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,51 @@ class Row:
         shown = 1e3 * seconds if self.amount is None else self.amount / seconds
         return f"{shown:,.2f}" if shown < 1000 else f"{shown:,.0f}"
 
+    def as_builtins(self) -> dict[str, Any]:
+        """As JSON has it, the samples in seconds."""
+        ratio = self.measured.ratio
+        met = None if self.bar is None else ratio >= self.bar
+        sides = {"ours": list(self.measured.ours), "theirs": list(self.measured.theirs), "unit": "s"}
+        return {"name": self.name, "ratio": ratio, "bar": self.bar, "met": met, **sides}
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """One line of the report: two ways, and their ratio ours / theirs against a bar."""
+
+    name: str
+    ours: Sequence[float]
+    theirs: Sequence[float]
+    unit: str
+    bar: float | None = None
+    at_least: bool = False  # whether the bar is a lower one
+
+    @property
+    def ratio(self) -> float:
+        """The median over pairs."""
+        return statistics.median(self._ratios)
+
+    @property
+    def met(self) -> bool:
+        assert self.bar is not None
+        return self.ratio >= self.bar if self.at_least else self.ratio <= self.bar
+
+    @property
+    def _ratios(self) -> list[float]:
+        return [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
+
+    def __str__(self) -> str:
+        ours, theirs = (f"{statistics.median(side):,.1f}" for side in (self.ours, self.theirs))
+        spread = f"{self.ratio:.2f} [{min(self._ratios):.2f}, {max(self._ratios):.2f}]"
+        sign, verdict = (">=", "BELOW") if self.at_least else ("<=", "ABOVE")
+        judged = "" if self.bar is None else f"{sign} {self.bar:<5.3g} {'ok' if self.met else verdict}"
+        return f"{self.name:<56}{ours:>10}{theirs:>10} {self.unit:<8} {spread:<22} {judged}".rstrip()
+
+    def as_builtins(self) -> dict[str, Any]:
+        """As JSON has it, the samples in the unit of the row."""
+        met, sides = None if self.bar is None else self.met, {"ours": list(self.ours), "theirs": list(self.theirs)}
+        return {"name": self.name, "ratio": self.ratio, "bar": self.bar, "met": met, **sides, "unit": self.unit}
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -59,3 +107,18 @@ def header(data: str) -> str:
         f"{time.strftime('%Y-%m-%d %H:%M')}, commit {commit}, images: {data}\n\n"
         f"{'':<56}{'ours':>10}{'theirs':>10} {'':<8} {'ratio [min, max]':<22} bar"
     )
+
+
+def report(groups: Mapping[str, Callable[[], Iterator[Row | Bounded]]], path: Path | None = None) -> None:
+    """Print each group's rows as they come; what is found unequal has none. Write all to a JSON file where there is one."""
+    written: list[dict[str, Any]] = []
+    for name, rows in groups.items():
+        try:
+            for row in rows():
+                print(row, flush=True)
+                written.append(row.as_builtins())
+        except UnequalError as error:
+            print(f"{name}: NOT MEASURED: {error}", flush=True)
+            written.append({"name": name, "error": str(error)})
+    if path is not None:
+        path.write_text(json.dumps(written, indent=1))

@@ -19,16 +19,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import yaml
 from jsonargparse import auto_cli
 
 from experiments.bench import ensemble
-from experiments.bench.meta_gradients import Bounded
-from experiments.bench.report import Row, header
+from experiments.bench.report import Bounded, Row, header, report
 from experiments.bench.timing import Comparison, UnequalError
 from metalearn.base import require_choice, require_range
 
@@ -192,29 +192,12 @@ def main(
     torch.set_num_threads(1)
     count = members or (64 if device == "cuda" else 8)
     print(header("digits"), flush=True)
-    report(Bench(steps=steps, pairs=pairs, device=device, members=count), chosen, json)
+    measure(Bench(steps=steps, pairs=pairs, device=device, members=count), chosen, json)
 
 
-def report(bench: Bench, chosen: Sequence[str], path: Path | None) -> None:
-    """Print the groups' rows as they come, and write them to a file where there is one."""
-    written: list[dict[str, Any]] = []
-    for group in chosen:
-        try:
-            for row in GROUPS[group](bench):
-                print(row, flush=True)
-                written.append(_as_builtins(row))
-        except UnequalError as error:
-            print(f"{group}: NOT MEASURED: {error}", flush=True)
-            written.append({"name": group, "error": str(error)})
-    if path is not None:
-        path.write_text(json.dumps(written, indent=1))
-
-
-def _as_builtins(row: Row | Bounded) -> dict[str, Any]:
-    measured = row.measured if isinstance(row, Row) else row
-    met = None if row.bar is None else row.met if isinstance(row, Bounded) else row.measured.ratio >= row.bar
-    sides = {"ours": list(measured.ours), "theirs": list(measured.theirs)}
-    return {"name": row.name, "ratio": measured.ratio, "bar": row.bar, "met": met, "seconds": sides}
+def measure(bench: Bench, chosen: Sequence[str], path: Path | None) -> None:
+    """Print these groups' rows as they come, and write them to a file where there is one."""
+    report({group: partial(GROUPS[group], bench) for group in chosen}, path)
 
 
 if __name__ == "__main__":

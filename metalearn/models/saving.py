@@ -6,7 +6,6 @@ A card is a dictionary of builtins: ``learner`` (class path and constructor argu
 ``state_dict`` with the prefix ``learner.``.
 """
 
-import importlib
 import inspect
 import json
 import operator
@@ -20,18 +19,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from metalearn.base import Learner
+from metalearn.class_paths import class_path, trusted_class
 from metalearn.models.tokens import Tokens
 
 CARD = "metalearn"
 PREFIX = "learner."
-_OWN_PACKAGE = "metalearn.models."
 _CARD_TYPES = {"learner": dict, "tokens": str, "num_features": int, "num_classes": int, "length": int}
 
 
 def describe(learner: Learner) -> dict[str, Any]:
     """Class path and constructor arguments of ``learner``, read from its attributes of the same names."""
     names = list(inspect.signature(type(learner)).parameters)
-    return {"class_path": _path(type(learner)), "init_args": {name: getattr(learner, name) for name in names}}
+    return {"class_path": class_path(type(learner)), "init_args": {name: getattr(learner, name) for name in names}}
 
 
 def rebuild(description: dict[str, Any], trusted_classes: Sequence[type[Learner]] = ()) -> Learner:
@@ -44,7 +43,7 @@ def rebuild(description: dict[str, Any], trusted_classes: Sequence[type[Learner]
         ValueError: for any other class path, or arguments that the class does not take.
     """
     path, arguments = str(description.get("class_path")), description.get("init_args")
-    kind = {_path(kind): kind for kind in trusted_classes}.get(path) or _own_class(path)
+    kind = trusted_class(path, "metalearn.models", Learner, trusted_classes)
     if kind is None:
         raise ValueError(
             f"the checkpoint's learner is {path!r}; accepted: a Learner under metalearn.models, or one passed in trusted_classes"
@@ -110,22 +109,6 @@ def _filled(card: dict[str, Any], weights: dict[str, Tensor], trusted_classes: S
     except RuntimeError as error:
         raise ValueError(f"the checkpoint's weights are of another learner: {error}") from error
     return learner.eval()
-
-
-def _path(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _own_class(path: str) -> type[Learner] | None:
-    module, _, name = path.rpartition(".")
-    if not module.startswith(_OWN_PACKAGE) or not all(part.isidentifier() for part in module.split(".")):
-        return None
-    try:
-        kind = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError:
-        return None
-    owned = isinstance(kind, type) and issubclass(kind, Learner) and _path(kind) == path
-    return kind if owned else None
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:

@@ -5,7 +5,6 @@ The card stands in the file's metadata under ``metalearn`` as JSON: ``rule`` (cl
 """
 
 import copy
-import importlib
 import json
 import operator
 from collections.abc import Sequence
@@ -18,13 +17,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from metalearn.base import Params
+from metalearn.class_paths import class_path, trusted_class
 from metalearn.files import write_whole
 from metalearn.optim.learned import LearnedRule
 
 CARD = "metalearn"
 PACKAGED = Path(__file__).parent / "rules"
 SUFFIX = ".safetensors"
-_OWN_PACKAGE = "metalearn.optim."
 
 
 def describe(rule: LearnedRule) -> dict[str, Any]:
@@ -38,7 +37,7 @@ def describe(rule: LearnedRule) -> dict[str, Any]:
         settings = json.loads(json.dumps(rule.settings, default=operator.index))
     except TypeError as error:
         raise ValueError(f"settings of {kind.__name__} are {rule.settings!r}; accepted: builtins ({error})") from None
-    return {"class_path": _path(kind), "version": kind.version, "settings": settings}
+    return {"class_path": class_path(kind), "version": kind.version, "settings": settings}
 
 
 def save_rule(path: str | Path, rule: LearnedRule, meta: Params | None = None, **provenance: Any) -> None:
@@ -119,7 +118,7 @@ def _find(rule: str | Path) -> Path:
 
 def _rebuild(described: dict[str, Any], trusted_classes: Sequence[type[LearnedRule]]) -> LearnedRule:
     path, settings = str(described.get("class_path")), described.get("settings")
-    kind = {_path(kind): kind for kind in trusted_classes}.get(path) or _own_class(path)
+    kind = trusted_class(path, "metalearn.optim", LearnedRule, trusted_classes)
     if kind is None:
         raise ValueError(
             f"the rule's class is {path!r}; accepted: a LearnedRule under metalearn.optim, or one passed in trusted_classes"
@@ -132,19 +131,3 @@ def _rebuild(described: dict[str, Any], trusted_classes: Sequence[type[LearnedRu
         return kind(**settings)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise ValueError(f"the rule is {path} with {settings!r}, which fails: {error}") from error
-
-
-def _path(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _own_class(path: str) -> type[LearnedRule] | None:
-    module, _, name = path.rpartition(".")
-    if not module.startswith(_OWN_PACKAGE) or not all(part.isidentifier() for part in module.split(".")):
-        return None
-    try:
-        kind = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError:
-        return None
-    owned = isinstance(kind, type) and issubclass(kind, LearnedRule) and _path(kind) == path
-    return kind if owned else None

@@ -1,5 +1,7 @@
 """The bench of learned optimizers on a network of a few parameters."""
 
+import json
+
 import pytest
 import torch
 
@@ -47,7 +49,7 @@ def test_report_writes_rows_and_refusals(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setitem(bench.GROUPS, "unequal", unequal)
     path = tmp_path / "rows.json"
-    bench.report(SMALL, ["star", "unequal"], path)
-    rows = bench.json.loads(path.read_text())
+    bench.measure(SMALL, ["star", "unequal"], path)
+    rows = json.loads(path.read_text())
     assert [row["name"] for row in rows] == ["step, hidden 4, STAR / factored MLP", "unequal"]
     assert "NOT MEASURED: steps differ" in capsys.readouterr().out

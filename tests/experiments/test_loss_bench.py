@@ -128,17 +128,17 @@ def test_candidates_differ_and_a_bench_of_duplicates_is_refused(candidates):
 
 def test_phases_are_found_equal_and_timed(small, tmp_path, capsys):
     chosen = ["fitness", "local", "rejection", "screening"]
-    bench.report(small, chosen, tmp_path / "rows.json")
+    bench.measure(small, chosen, tmp_path / "rows.json")
     printed, written = capsys.readouterr().out, json.loads((tmp_path / "rows.json").read_text())
     assert "6 of 6 candidates are live and unique" in printed and "NOT MEASURED" not in printed
     assert [row["bar"] for row in written] == [2, 3, 8, 2, None, 3, 3, 0.5, 5.0]
-    assert all(row["ratio"] > 0 for row in written[:7]) and all(row["ms"] > 0 for row in written[7:])
+    assert all(row["ratio"] > 0 for row in written)
     assert all(row["met"] == (row["ratio"] >= row["bar"]) for row in written[:7] if row["bar"])
 
 
 def test_no_ratio_where_results_differ(small, monkeypatch, capsys):
     monkeypatch.setattr(Loop, "train", lambda rival, candidates: ([], [0.5] * len(candidates)))
-    bench.report(small, ["fitness"], None)
+    bench.measure(small, ["fitness"], None)
     assert "fitness: NOT MEASURED: fitness of 6, 3 steps: batched / loop differ by" in capsys.readouterr().out
 
 

@@ -47,13 +47,13 @@ def make_bench(tmp_path):
 
 
 def test_ratios_and_overhead_match_the_times_that_the_command_left(make_bench, tmp_path, capsys):
-    sweeps.report(make_bench(), ["workers"], tmp_path / "rows.json")
+    sweeps.measure(make_bench(), ["workers"], tmp_path / "rows.json")
     whole, later, alone, shared, command = json.loads((tmp_path / "rows.json").read_text())
     assert later["ratio"] == pytest.approx((9 * 10 + 8) / (5 * 10 + 4)) and later["met"] is True
-    assert (alone["seconds"]["ours"], alone["seconds"]["theirs"]) == ([8.0], [90.0])
-    assert (shared["seconds"]["ours"], shared["seconds"]["theirs"]) == ([7.0], [90.0])
+    assert (alone["ours"], alone["theirs"]) == ([8.0], [90.0])
+    assert (shared["ours"], shared["theirs"]) == ([7.0], [90.0])
     assert alone["met"] is shared["met"] is False and [alone["bar"], command["bar"]] == [0.05, 120.0]
-    assert whole["seconds"]["ours"] == command["seconds"]["ours"] and command["met"] is True
+    assert whole["ours"] == command["ours"] and command["met"] is True
     printed = capsys.readouterr().out
     assert "9 cells are equal; at most 1.80 can come of two" in printed
     assert "10.0 s a run, 8.5 s of it inside fit" in printed
@@ -71,13 +71,13 @@ def test_the_command_is_told_of_nine_runs_of_so_many_steps(make_bench, tmp_path)
 
 
 def test_small_grids_are_held_to_no_bar(make_bench, tmp_path):
-    sweeps.report(make_bench(sizes=(4, 8, 16, 32), steps=20, pairs=2), ["workers"], tmp_path / "rows.json")
+    sweeps.measure(make_bench(sizes=(4, 8, 16, 32), steps=20, pairs=2), ["workers"], tmp_path / "rows.json")
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert {row["bar"] for row in rows} == {None} and {len(row["seconds"]["ours"]) for row in rows} == {2}
+    assert {row["bar"] for row in rows} == {None} and {len(row["ours"]) for row in rows} == {2}
 
 
 def test_no_ratio_where_tables_differ(make_bench, tmp_path, capsys):
-    sweeps.report(make_bench(change=0.5), ["workers"], tmp_path / "rows.json")
+    sweeps.measure(make_bench(change=0.5), ["workers"], tmp_path / "rows.json")
     assert "workers: NOT MEASURED: loss of 1 is 1.25 and 0.75" in capsys.readouterr().out
     assert [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())] == ["workers"]
 
