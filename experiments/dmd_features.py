@@ -20,8 +20,6 @@ Source: Šimánek, Vašata and Kordík 2022, "Learning to Optimize with Dynamic 
 features carry over to other networks and data. Differs from the paper: see ``metalearn.optim.dynamic_mode``.
 """
 
-import argparse
-import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,7 +30,16 @@ import torch
 from torch import nn
 
 from experiments.l2l_mlp import CAP, mean_curve, measures, paired_table
-from experiments.meta_trained import Budget, digits, digits_task, meta_train, one_thread, perceptron, runs
+from experiments.meta_trained import (
+    Budget,
+    command,
+    digits,
+    digits_task,
+    meta_train,
+    parsed,
+    perceptron,
+    runs,
+)
 from metalearn.analysis.compare import format_table, write_table
 from metalearn.analysis.training_curves import save_training_runs
 from metalearn.analysis.trials import keep_trial, read_trials, trial_frame
@@ -150,19 +157,11 @@ def curve_rows(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__, "runs/dmd_features", seeds=5, budget="trials that it cuts short say so (> 0)")
     parser.add_argument("--data", nargs="+", default=["digits", "fashion_mnist"], help="that rules are judged on")
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (>= 1)")
     parser.add_argument("--steps", type=int, default=Scale().steps, help="outer steps of meta-training, at least 1")
-    parser.add_argument("--budget_minutes", type=float, default=math.inf, help="trials that it cuts short say so (> 0)")
-    parser.add_argument("--out", type=Path, default=Path("runs/dmd_features"), help="folder of all that is written")
-    parser.add_argument("--smoke", action="store_true", help="seconds instead of hours; the numbers mean nothing")
-    options = parser.parse_args(argv)
-    require_range("seeds", options.seeds, 1)
+    options = parsed(parser, argv)
     require_range("steps", options.steps, 1)
-    if not options.budget_minutes > 0:
-        raise ValueError(f"budget_minutes is {options.budget_minutes}; accepted: budget_minutes > 0")
-    one_thread()
     scale = SMOKE if options.smoke else Scale(steps=options.steps)
     trials = run(options.data, options.seeds, scale, options.out, options.budget_minutes)
     for value in ("final_loss", "mean_loss"):

@@ -28,7 +28,6 @@ Source: Kirsch et al. 2022 (in-context learner), Bechtle et al. 2021 (loss), And
 (optimizer), Finn et al. 2017 (MAML); see the classes. Differs from the papers: one kind of task for all.
 """
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +40,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from experiments.gpicl_table import split
-from experiments.meta_trained import Budget, meta_train, one_thread
+from experiments.meta_trained import Budget, command, meta_train, parsed
 from metalearn import tree
 from metalearn.analysis.compare import format_table, paired_comparison, write_table
 from metalearn.analysis.trials import keep_trial, read_trials, trial_frame
@@ -55,7 +54,6 @@ from metalearn.base import (
     MetaValidation,
     Params,
     Rule,
-    require_range,
 )
 from metalearn.estimators.unrolled import Unrolled
 from metalearn.losses.network import NetworkLoss
@@ -343,20 +341,13 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (>= 1)")
+    parser = command(__doc__, "runs/head_to_head", seeds=3)
     parser.add_argument(
         "--seconds", type=float, default=Scale().seconds, help="of CPU time, of each meta-training (> 0)"
     )
-    parser.add_argument("--budget_minutes", type=float, default=math.inf, help="no seed is begun afterwards (> 0)")
-    parser.add_argument("--out", type=Path, default=Path("runs/head_to_head"), help="folder of all that is written")
-    parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes; the numbers mean nothing")
-    options = parser.parse_args(argv)
-    require_range("seeds", options.seeds, 1)
-    for name in ("seconds", "budget_minutes"):
-        if not getattr(options, name) > 0:
-            raise ValueError(f"{name} is {getattr(options, name)}; accepted: {name} > 0")
-    one_thread()
+    options = parsed(parser, argv)
+    if not options.seconds > 0:
+        raise ValueError(f"seconds is {options.seconds}; accepted: seconds > 0")
     scale = SMOKE if options.smoke else Scale(seconds=options.seconds)
     trials = run(options.seeds, scale, options.out, options.budget_minutes)
     for value in ("accuracy", "loss"):

@@ -25,7 +25,6 @@ Source: Andrychowicz et al. 2016, "Learning to Learn by Gradient Descent by Grad
 paper: images that are judged are not those that are meta-trained on; torch's initial weights; several runs at a time.
 """
 
-import argparse
 import math
 import time
 from collections.abc import Sequence
@@ -35,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from experiments.meta_trained import Budget, digits, meta_train, one_thread, perceptron, runs
+from experiments.meta_trained import Budget, command, digits, meta_train, parsed, perceptron, runs
 from metalearn.analysis.compare import format_table, paired_comparison, write_table
 from metalearn.analysis.training_curves import save_training_runs
 from metalearn.analysis.trials import keep_trial, read_trials, trial_frame
@@ -248,19 +247,11 @@ def mean_curve(rows: Sequence[dict[str, Any]], place: dict[str, Any]) -> list[di
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__, "runs/l2l_mlp", seeds=5, budget="trials that it cuts short say so (> 0)")
     parser.add_argument("--data", default="digits", help="digits, mnist or another set of images")
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (>= 1)")
     parser.add_argument("--epochs", type=int, default=Scale().epochs, help="of meta-training, at least 1")
-    parser.add_argument("--budget_minutes", type=float, default=math.inf, help="trials that it cuts short say so (> 0)")
-    parser.add_argument("--out", type=Path, default=Path("runs/l2l_mlp"), help="folder of all that is written")
-    parser.add_argument("--smoke", action="store_true", help="seconds instead of hours; the numbers mean nothing")
-    options = parser.parse_args(argv)
-    require_range("seeds", options.seeds, 1)
+    options = parsed(parser, argv)
     require_range("epochs", options.epochs, 1)
-    if not options.budget_minutes > 0:
-        raise ValueError(f"budget_minutes is {options.budget_minutes}; accepted: budget_minutes > 0")
-    one_thread()
     scale = SMOKE if options.smoke else Scale(epochs=options.epochs)
     trials = run(options.data, options.seeds, scale, options.out, options.budget_minutes)
     for value in ("final_loss", "mean_loss"):

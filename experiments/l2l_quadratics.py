@@ -23,7 +23,6 @@ Source: Andrychowicz et al. 2016, "Learning to Learn by Gradient Descent by Grad
 released code: fewer epochs, with a rate that falls, where it has 10 000 at a constant 0.001.
 """
 
-import argparse
 import math
 import time
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from experiments.meta_trained import command, parsed
 from metalearn import tree
 from metalearn.analysis.compare import format_table, paired_comparison, write_table
 from metalearn.analysis.training_curves import save_training_runs
@@ -204,26 +204,19 @@ def _end(rows: Sequence[dict[str, Any]]) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__, "runs/l2l_quadratics", seeds=3, budget="trials that it cuts short say so (> 0)")
     parser.add_argument("--entries", nargs="+", choices=ENTRIES, default=list(ENTRIES))
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (>= 1)")
     parser.add_argument("--epochs", type=int, default=Scale().epochs, help="of meta-training, at least 1")
     parser.add_argument(
         "--window", type=int, default=Scale().window, help="of truncated backpropagation, a divisor of 100"
     )
     parser.add_argument("--lr", type=float, default=Scale().lr, help="of meta-training, at its start (> 0)")
-    parser.add_argument("--budget_minutes", type=float, default=math.inf, help="trials that it cuts short say so (> 0)")
-    parser.add_argument("--out", type=Path, default=Path("runs/l2l_quadratics"), help="folder of all that is written")
-    parser.add_argument("--smoke", action="store_true", help="seconds instead of an hour; the numbers mean nothing")
-    options = parser.parse_args(argv)
-    require_range("seeds", options.seeds, 1)
+    options = parsed(parser, argv)
     require_range("epochs", options.epochs, 1)
-    for name in ("lr", "budget_minutes"):
-        if not getattr(options, name) > 0:
-            raise ValueError(f"{name} is {getattr(options, name)}; accepted: {name} > 0")
+    if not options.lr > 0:
+        raise ValueError(f"lr is {options.lr}; accepted: lr > 0")
     if options.window < 1 or Scale().horizon % options.window:
         raise ValueError(f"window is {options.window}; accepted: a divisor of {Scale().horizon}")
-    torch.set_num_threads(1)
     scale = SMOKE if options.smoke else Scale(epochs=options.epochs, window=options.window, lr=options.lr)
     trials = run(options.entries, options.seeds, scale, options.out, options.budget_minutes)
     table = result_table(trials)

@@ -28,7 +28,6 @@ Source: Prémont-Schwarz et al. 2022, "A Simple Guard for Learned Optimizers"; G
 Convex Optimization". Differs from the papers: tasks and rule are our own.
 """
 
-import argparse
 import copy
 import math
 import time
@@ -45,12 +44,13 @@ from torch.optim.optimizer import Optimizer
 from experiments.l2l_mlp import mean_curve
 from experiments.meta_trained import (
     Budget,
+    command,
     digits,
     digits_task,
     evolution,
     kept,
     meta_train,
-    one_thread,
+    parsed,
     perceptron,
     runs,
 )
@@ -334,20 +334,12 @@ def curve_rows(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__, "runs/lgl2o", seeds=5)
     parser.add_argument(
         "--rule", help="a file, or a rule that comes with the package; else one is meta-trained per seed"
     )
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (>= 1)")
     parser.add_argument("--period", type=int, help="of LossGuard, in steps, at least 1")
-    parser.add_argument("--budget_minutes", type=float, default=math.inf, help="no trial is begun afterwards (> 0)")
-    parser.add_argument("--out", type=Path, default=Path("runs/lgl2o"), help="folder of all that is written")
-    parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes; the numbers mean nothing")
-    options = parser.parse_args(argv)
-    require_range("seeds", options.seeds, 1)
-    if not options.budget_minutes > 0:
-        raise ValueError(f"budget_minutes is {options.budget_minutes}; accepted: budget_minutes > 0")
-    one_thread()
+    options = parsed(parser, argv)
     scale = SMOKE if options.smoke else Scale()
     if options.period is not None:
         require_range("period", options.period, 1)

@@ -148,11 +148,13 @@ def measured(losses_RT: Tensor) -> dict[str, float]:
 # -- trials ------------------------------------------------------------------------------------------------------------
 
 
-def command(about: str | None, out: str, seeds: int) -> argparse.ArgumentParser:
-    """The options that these experiments share: seeds, budget_minutes, out and smoke."""
+def command(
+    about: str | None, out: str, seeds: int, budget: str = "after which no trial is begun (> 0)"
+) -> argparse.ArgumentParser:
+    """The options that these experiments share: seeds, budget_minutes (whose help is ``budget``), out and smoke."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=seeds, help="number of seeds (>= 1)")
-    parser.add_argument("--budget_minutes", type=float, default=math.inf, help="after which no trial is begun (> 0)")
+    parser.add_argument("--budget_minutes", type=float, default=math.inf, help=budget)
     parser.add_argument("--out", type=Path, default=Path(out), help="folder of all that is written")
     parser.add_argument("--smoke", action="store_true", help="seconds instead of hours; the numbers mean nothing")
     return parser
