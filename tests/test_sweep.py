@@ -139,7 +139,7 @@ def test_a_sweep_that_is_killed_again_and_again_ends_in_the_same_weights(file, t
         assert driver.poll() is None
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
-    subprocess.run(command, check=True, timeout=300)
+    subprocess.run(command, check=True, timeout=1200)
     assert sweep(file, tmp_path / "whole", *settings) == 0
     assert_same_tables(table(tmp_path / "killed"), table(tmp_path / "whole"), 0)
     for cell in table(tmp_path / "whole"):
