@@ -44,7 +44,7 @@ class Workers(Executor):
     """
 
     def __init__(
-        self, workers: int, threads: int = 1, timeout_seconds: float | None = None, preload: str = "metalearn.cli"
+        self, workers: int, threads: int = 1, timeout_seconds: float | None = None, preload: str = "metalearn.start"
     ):
         require_range("workers", workers, 1)
         require_range("threads", threads, 1)
@@ -133,7 +133,7 @@ class RayWorkers(Executor):
             future.set_exception(error)
 
 
-def start_importing(threads: int = 1, preload: str = "metalearn.cli") -> None:
+def start_importing(threads: int = 1, preload: str = "metalearn.start") -> None:
     """Start the process from which workers are forked, which takes seconds to import everything, if it does not run yet."""
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, preload])
     with passive_threads(threads):
