@@ -86,8 +86,10 @@ def plot_training_runs(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     axes = figure.subplots(len(problems), len(horizons), squeeze=False).flat
     for own, (_, group) in zip(axes, panels, strict=True):
         _draw(group, own)
-        problem = f", problem {group['problem'].iloc[0]}" if len(problems) > 1 else ""
-        own.set_title(f"{group['horizon'].iloc[0]} x the horizon{problem}")
+        problem, horizon = group["problem"].iloc[0], f"{group['horizon'].iloc[0]} x the horizon"
+        named = problem if isinstance(problem, str) else f"problem {problem}"
+        shown = [named] if len(problems) > 1 else []
+        own.set_title(", ".join([*shown, horizon] if len(horizons) > 1 or not shown else shown))
     figure.axes[0].legend(frameon=False)
     return figure.axes[0]
 
