@@ -61,7 +61,7 @@ def plot_front(
             ax.vlines(row[x], row[f"{y}_low"], row[f"{y}_high"], color=colour, alpha=0.5, linewidth=1.4)
         style = {"markeredgecolor": colour, "markerfacecolor": "white" if others else colour, "markersize": 8}
         ax.plot(row[x], row[y], marker, linestyle="none", label=row[name], **style)
-    ax.set(xscale="log", xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
+    ax.set(xscale="log", yscale="log", xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="0.9")
     ax.set_axisbelow(True)
