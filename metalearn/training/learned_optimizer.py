@@ -31,7 +31,7 @@ class LearnedOptimizerTraining(MetaGradientLearning):
     With every checkpoint and at the end, ``<run_dir>/rule.safetensors`` holds the rule with its present weights, for
     ``metalearn.LearnedOptimizer``. In ``fit``, an evaluation is the mean loss over ``runs`` new training runs on validation
     examples. The commands ``validate`` and ``test`` set the rule beside SGD with momentum, Adam, and AdamW whose rate falls
-    along a cosine, each at the best of 13 learning rates for its own horizon, chosen on as many runs on training examples:
+    along a cosine, each at the best of 13 or more learning rates for its own horizon, chosen on as many runs on training examples:
     ``<stage>.json`` has mean losses over all steps and over the last tenth, ``<stage>_curves.csv`` the loss at every step.
 
     Args:

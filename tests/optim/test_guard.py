@@ -6,98 +6,11 @@ import pickle
 
 import pytest
 import torch
+from optim.guard_tasks import LEARNED, PERIOD, SGD, STEPS, Task, alone, assert_same, descended, guarded, run
 from torch import nn
-from torch.nn import functional
 
 from metalearn import tree
 from metalearn.optim.guard import GL2O, LossGuard
-from metalearn.optim.small_mlp import SmallMLP
-from metalearn.optim.torch_face import LearnedOptimizer
-
-PERIOD, STEPS = 4, 18
-SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
-LEARNED = {
-    "adam": functools.partial(torch.optim.Adam, lr=0.05),  # good on some periods and not on others
-    "rule": functools.partial(LearnedOptimizer, rule=SmallMLP(), lr=20.0),
-    "explodes": functools.partial(torch.optim.SGD, lr=30.0),
-}
-
-
-class Breaks(torch.optim.SGD):
-    """Goes to no number at all at its third step, and keeps none of its momenta sound."""
-
-    def step(self, closure=None):
-        returned = super().step(closure)
-        for p in self.param_groups[0]["params"]:
-            count = self.state[p]["count"] = self.state[p].get("count", 0) + 1
-            if count == 3:
-                with torch.no_grad():
-                    p.fill_(float("nan"))
-                self.state[p]["momentum_buffer"].fill_(float("inf"))
-        return returned
-
-
-LEARNED["breaks"] = functools.partial(Breaks, lr=0.2, momentum=0.9)
-
-
-class Task:
-    """A regression whose batch is a function of the step."""
-
-    def __init__(self, dropout=0.0):
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Dropout(dropout), nn.Linear(5, 1)).double()
-        self.params = list(self.model.parameters())
-        generator = torch.Generator().manual_seed(1)
-        self.x = torch.randn(STEPS + 2, 8, 3, generator=generator, dtype=torch.float64)
-        self.y = self.x.sin().sum(-1, keepdim=True)
-
-    def loss(self, step):
-        return functional.mse_loss(self.model(self.x[step]), self.y[step])
-
-    def closure(self, step, calls=None):
-        def closure():
-            self.model.zero_grad()
-            loss = self.loss(step)
-            loss.backward()
-            if calls is not None:
-                calls.append(loss.item())
-            return loss
-
-        return closure
-
-    def point(self):
-        return [p.detach().clone() for p in self.params]
-
-    def move(self, point):
-        for p, value in zip(self.params, point, strict=True):
-            p.data = value.clone()
-
-
-def alone(optimizer, steps=STEPS):
-    """The points that an optimizer goes through by itself."""
-    task = Task()
-    optimizer, points = optimizer(task.params), []
-    for step in range(steps):
-        optimizer.step(task.closure(step))
-        points.append(task.point())
-    return points
-
-
-def guarded(learned, guard=SGD, kind=LossGuard, task=None, **settings):
-    task = task or Task()
-    return kind(learned(task.params), guard(task.params), **settings), task
-
-
-def run(optimizer, task, steps):
-    points = []
-    for step in steps:
-        optimizer.step(task.closure(step))
-        points.append(task.point())
-    return points
-
-
-def assert_same(points, others):
-    torch.testing.assert_close(points, others, rtol=0, atol=0)
 
 
 def branch(build, point, state, start):
@@ -201,12 +114,6 @@ def test_each_step_calls_the_closure_once_on_each_branch_with_the_same_draws():
     for step in range(4):
         plain.step(other.closure(step))
     assert torch.equal(after, torch.random.get_rng_state())  # as many as without a guard
-
-
-def descended(p, loss):
-    p.grad = None
-    loss.backward()
-    return loss
 
 
 @pytest.mark.parametrize("kind", [LossGuard, GL2O])
@@ -358,57 +265,3 @@ def test_what_cannot_be_guarded_is_refused(kind):
     for name in ("period", "margin") if kind is LossGuard else ("alpha", "theta"):
         with pytest.raises(ValueError, match=f"{name} is -1; accepted"):
             kind(SGD(task.params), SGD(task.params), **{name: -1})
-
-
-@pytest.mark.parametrize("learned_lr", [0.3, 1.9, 2.5])
-def test_matches_safe_l2o_on_a_parabola(learned_lr):
-    """f = x^2 / 2: the guard's step of rate b is ``(1 - b) x``, and its residual b |x|."""
-    x, (alpha, theta, b) = 3.0, (0.95, 0.4, 0.5)
-    p = nn.Parameter(torch.tensor(x, dtype=torch.float64))
-    optimizer = GL2O(torch.optim.SGD([p], lr=learned_lr), torch.optim.SGD([p], lr=b), alpha, theta)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = p**2 / 2
-        loss.backward()
-        return loss
-
-    mu, accepted = b * x, 0
-    for _ in range(12):
-        loss = optimizer.step(closure)
-        assert loss.item() == pytest.approx(x**2 / 2)
-        y = (1 - learned_lr) * x
-        if b * abs(y) <= alpha * mu:
-            x, mu, accepted = y, theta * b * abs(y) + (1 - theta) * mu, accepted + 1
-        else:
-            x = (1 - b) * x
-        assert p.item() == pytest.approx(x, rel=1e-12) and optimizer.mu == pytest.approx(mu, rel=1e-12)
-    assert optimizer.accepted == accepted and optimizer.fraction_learned == accepted / 12
-
-
-def test_safe_l2o_follows_the_guard_exactly_where_the_learned_optimizer_diverges():
-    """With a guard that has momentum, which residuals leave as it was."""
-    optimizer, task = guarded(LEARNED["explodes"], kind=GL2O)
-    assert_same(run(optimizer, task, range(STEPS)), alone(SGD))
-    assert optimizer.accepted == 0
-
-
-def test_safe_l2o_does_without_a_first_gradient():
-    p = nn.Parameter(torch.tensor([1.0]))
-    optimizer = GL2O(torch.optim.SGD([p], lr=0.5), torch.optim.SGD([p], lr=0.1))
-    for step in range(12):
-        optimizer.step(lambda target=1.0 if step < 2 else 5.0: descended(p, (p - target).square().sum() / 2))
-    assert p.item() == pytest.approx(5.0, abs=0.05) and optimizer.fraction_learned > 0.5
-
-
-def test_safe_l2o_goes_on_bit_for_bit():
-    whole, task = guarded(LEARNED["rule"], kind=GL2O)
-    expected = run(whole, task, range(STEPS))
-    assert 0 < whole.accepted < STEPS
-    first, task = guarded(LEARNED["rule"], kind=GL2O)
-    run(first, task, range(7))
-    second, other = guarded(LEARNED["rule"], kind=GL2O)
-    other.move(task.point())
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    assert_same(run(second, other, range(7, STEPS)), expected[7:])
-    assert second.accepted == whole.accepted
