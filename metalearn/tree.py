@@ -1,7 +1,8 @@
 """Arithmetic on trees of tensors (nested dictionaries, named tuples) and calls of a module as a pure function."""
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -121,6 +122,18 @@ def devices(tensor: Tensor) -> list[torch.device]:
     return [tensor.device] if tensor.is_cuda else []
 
 
+@contextmanager
+def seeded(key: Tensor) -> Iterator[None]:
+    """torch's global generators, of the CPU and of the key's device, set by the key, and put back afterwards."""
+    with torch.random.fork_rng(devices(key)):
+        seed = int(key)
+        # torch.manual_seed would write down for every device that is not in use from where it was called.
+        torch.default_generator.manual_seed(seed)
+        if key.is_cuda:
+            torch.cuda.default_generators[key.device.index].manual_seed(seed)
+        yield
+
+
 def draws(module: nn.Module) -> bool:
     """Whether a module in training mode draws from torch's global generator.
 
@@ -188,14 +201,15 @@ def initialise(module: nn.Module, key: Tensor) -> tuple[Params, Params]:
 
     Parameters that no ``reset_parameters`` sets are those that the module was built with.
     """
-    saved = {name: value.detach().clone() for name, value in module.state_dict(keep_vars=True).items()}
-    with torch.random.fork_rng(devices(key)), torch.no_grad():
-        torch.manual_seed(int(key))
+    own = [value.detach() for value in (*module.parameters(), *module.buffers())]
+    saved = [value.clone() for value in own]
+    with seeded(key), torch.no_grad():
         for part in module.modules():
             for name in ("reset_parameters", "_reset_parameters"):  # the latter is that of torch's attention
                 if callable(reset := getattr(part, name, None)):
                     reset()
         params = {name: value.detach().clone() for name, value in module.named_parameters()}
         buffers = {name: value.detach().clone() for name, value in module.named_buffers()}
-        module.load_state_dict(saved, strict=False)
+        for value, before in zip(own, saved, strict=True):
+            value.copy_(before)
     return params, buffers

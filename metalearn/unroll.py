@@ -69,8 +69,7 @@ def seeded(problem: InnerProblem, key: Tensor) -> Iterator[None]:
     if not problem.global_generator:
         yield
         return
-    with torch.random.fork_rng(tree.devices(key)):
-        torch.manual_seed(int(key))
+    with tree.seeded(key):
         yield
 
 

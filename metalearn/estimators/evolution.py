@@ -58,6 +58,7 @@ class _Window(NamedTuple):
     batches: Batches
     key: Tensor
     number_N: Tensor  # of each pair among those of all ranks
+    step_key_KN: Tensor  # of each pair's steps
 
 
 class Evolution(Estimator):
@@ -121,7 +122,9 @@ class Evolution(Estimator):
     def estimate(self, problem: InnerProblem, meta: Params, state: Tree, batches: Batches, key: Tensor) -> MetaGradient:
         require_range("steps", batches.steps, 1)
         center_P, place = _center(meta)
-        window = _Window(problem, center_P, place, batches, key, self._numbers(key))
+        number_N = self._numbers(key)
+        step_key_KN = fold(key, "step", torch.arange(batches.steps, device=key.device)[:, None], number_N)
+        window = _Window(problem, center_P, place, batches, key, number_N, step_key_KN)
         # Differences of losses, as those of nearby weights are, need float32.
         with torch.no_grad(), differentiable_kernels(), torch.autocast(key.device.type, enabled=False):
             return self._estimate(window, self.resumed(window, state["pairs"]))
@@ -193,7 +196,7 @@ class Evolution(Estimator):
         """The pairs after step k, and its losses (N, runs), NaN where they are not finite."""
         problem, batches = window.problem, window.batches
         metas_NS = self._perturbed(window, pairs.direction_NP)
-        keys_NS = fold(window.key, "step", k, window.number_N)[:, None].expand(-1, len(self.signs))
+        keys_NS = window.step_key_KN[k, :, None].expand(-1, len(self.signs))
         inner, output = self._each(problem.step, metas_NS, pairs.inner, batches.inner(k), keys_NS)
         done_N, until_cut_N = output.done.any(1), pairs.until_cut_N - 1
         loss_NS = output.loss.to(torch.promote_types(output.loss.dtype, window.center_P.dtype))

@@ -3,6 +3,7 @@
 Letters: P parameters of all tensors together; T tensors; D decays; S time scales; ``…`` leading axes.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -22,8 +23,8 @@ def running_mean(mean_P: Tensor, value_P: Tensor, kept: float) -> Tensor:
 def weights_held(step: Tensor, kept: Sequence[float], dtype: torch.dtype) -> Tensor:
     """``1 - k^step`` (…, D) of D shares k: the weight of ``step`` >= 1 values in a running mean that started at 0."""
     # In float32, 1 - 0.999^t would have no more than four digits.
-    steps = step.double()
-    return (1 - torch.stack([share**steps for share in kept], -1)).to(dtype)
+    shares_D = _constants(tuple(kept), torch.float64, step.device)
+    return (1 - shares_D ** step.double().unsqueeze(-1)).to(dtype)
 
 
 def time_features(step: Tensor, scales: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -31,8 +32,13 @@ def time_features(step: Tensor, scales: Sequence[float], dtype: torch.dtype) -> 
 
     Source: Metz et al. 2019, "Understanding and correcting pathologies in the training of learned optimizers", appendix D.
     """
-    # Numbers instead of a tensor of scales, which would be copied to a GPU that waits for it.
-    return torch.stack([step.to(dtype) / scale for scale in scales], -1).sub(1).tanh()
+    return (step.to(dtype).unsqueeze(-1) / _constants(tuple(scales), dtype, step.device)).sub(1).tanh()
+
+
+@functools.lru_cache(maxsize=64)
+def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A vector that is made once: a GPU waits for one that is copied to it."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def second_moment_normaliser(layout: Layout, x_P: Tensor) -> Tensor:

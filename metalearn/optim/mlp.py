@@ -79,7 +79,7 @@ class CoordinateMLP(LearnedRule):
         first, *others = self._layers(meta, time_features(state["step"], self.time_scales, grads_P.dtype))
         all_FP = torch.stack([*features, torch.ones_like(grads_P)], -2)
         # What is the same for all parameters of a tensor goes into the weights.
-        first_THF = first.unsqueeze(-3) * self._scales(layout, all_FP, factors).unsqueeze(-2)
+        first_THF = first.unsqueeze(-3) * self._scales(layout, all_FP, factors).contiguous().unsqueeze(-2)
         parts = zip(first_THF.unbind(-3), layout.split(all_FP), strict=True)
         outputs_2P = torch.cat([_network([own_HF, *others], part_Fn) for own_HF, part_Fn in parts], -1)
         direction_P, magnitude_P = outputs_2P.unbind(-2)
