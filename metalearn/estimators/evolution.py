@@ -150,7 +150,7 @@ class Evolution(Estimator):
             delta_N, loss_N = delta_N + difference_N, loss_N + losses_NS[:, :2].mean(1)
             finished_N = finished_N | pairs.ended_N
         finite_N = grad_NP.isfinite().all(1)
-        grad_P = torch.where(finite_N[:, None], grad_NP, 0).mean(0) / (2 * self.std**2)
+        grad_P = _mean_in_halves(torch.where(finite_N[:, None], grad_NP, 0) / (2 * self.std**2))
         diagnostics = {
             "delta": _mean_of(delta_N.abs(), finite_N),
             "finished": finished_N.to(grad_P.dtype).mean(),
@@ -389,6 +389,19 @@ def _center(meta: Params) -> tuple[Tensor, Callable[[Tensor], Params]]:
 def _rows(mask_N: Tensor | None) -> Tensor:
     """Where the mask is true; None is nowhere, and costs no waiting for the device."""
     return torch.zeros(0, dtype=torch.int64) if mask_N is None else mask_N.nonzero().squeeze(1)
+
+
+def _mean_in_halves(values_NP: Tensor) -> Tensor:
+    """The mean over the first axis, neighbours added first, then those sums, and so on.
+
+    Where pairs and ranks are powers of two, a rank's sum is one of the sums of a single rank: both come to the same bits.
+    """
+    count = len(values_NP)
+    while len(values_NP) > 1:
+        last_P = values_NP[len(values_NP) // 2 * 2 :]
+        firsts = values_NP[: len(values_NP) - len(last_P)]
+        values_NP = torch.cat([firsts[::2] + firsts[1::2], last_P])
+    return values_NP[0] / count
 
 
 def _mean_of(values_N: Tensor, mask_N: Tensor) -> Tensor:
