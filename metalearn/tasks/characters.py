@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metalearn.base import Examples, Source, require_range
-from metalearn.tasks.sources import TextSource
+from metalearn.tasks.text import TextSource
 
 
 class CharacterSource(Source):

@@ -25,8 +25,9 @@ from metalearn.base import Source
 from metalearn.tasks import sources
 from metalearn.tasks.decoding import as_image
 from metalearn.tasks.examples import PARTS, moments, part_rows
-from metalearn.tasks.sources import ImageSource, TableSource, TextSource, open_dataset
+from metalearn.tasks.sources import ImageSource, TableSource, open_dataset
 from metalearn.tasks.synthetic import RandomSource
+from metalearn.tasks.text import TextSource
 
 NAMES = ["ant", "bee", "cat"]
 
