@@ -38,6 +38,7 @@ CHEAPER = {
     "loss_search": ("population_size: 32, initial_size: 64", "population_size: 4"),
     "loss_tuning": ("evaluation_steps: 200", "evaluation_steps: 5"),
     "learned_optimizer": ("horizon: ", "horizon: 20 # "),
+    "digits_mlp_long": ("shortest: 100", "shortest: 10"),
     "family": ("groups: 3", "groups: 1"),
     "fashion_conv": ("pairs: 8", "pairs: 2"),
     "heavy_tailed": ("evaluation_steps: 300", "evaluation_steps: 5"),

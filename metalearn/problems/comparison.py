@@ -51,15 +51,15 @@ def compare(
         tuning: keys of the runs, on training examples, on which learning rates are chosen.
         judging: keys of the runs, on ``part``, that are compared.
         part: "validation" or "test".
-        horizons: lengths of runs, in multiples of a problem's horizon.
+        horizons: lengths of runs, in multiples of a problem's nominal horizon.
         rivals: hand-made optimizers by name, Adam among them.
     """
     numbers: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     for index, problem in enumerate(problems):
         for multiple in horizons:
-            assert problem.horizon is not None and problem.rule is not None
-            steps = multiple * problem.horizon
+            assert problem.rule is not None
+            steps = multiple * problem.nominal_horizon
             place = (f"{index}/" if len(problems) > 1 else "") + f"{multiple}x/"
             found = {LEARNED: (math.nan, curves(problem.on(part), problem.rule, meta, judging, steps))}
             for name, rival in rivals.items():
@@ -72,9 +72,9 @@ def compare(
 
 
 def mean_loss(problem: Optimizee, meta: Params, keys_R: Tensor, part: str) -> float:
-    """The mean loss over the horizon of new runs on a part."""
-    assert problem.horizon is not None and problem.rule is not None
-    return float(curves(problem.on(part), problem.rule, meta, keys_R, problem.horizon).mean())
+    """The mean loss over the nominal horizon of new runs on a part."""
+    assert problem.rule is not None
+    return float(curves(problem.on(part), problem.rule, meta, keys_R, problem.nominal_horizon).mean())
 
 
 def _curves_at(problem: Optimizee, rule: Rule, lr: float, keys_R: Tensor, steps: int) -> Tensor:

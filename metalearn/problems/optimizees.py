@@ -50,6 +50,7 @@ class Optimizee(TrainingRun):
         rule: the learned rule; its weights before meta-training are where meta-training begins.
         horizon: T, the steps of an episode, at least 1.
         shortest: T is drawn anew for each episode, log-uniformly from shortest ... horizon; null for always horizon.
+        nominal_horizon: what comparisons with other optimizers count in, 1 ... horizon; null for horizon.
         multiple_of: T is rounded to a multiple of this, 1 ... shortest, which divides horizon: of the window, for estimators
             that need whole ones.
         objective: "train" or "validation".
@@ -77,6 +78,7 @@ class Optimizee(TrainingRun):
         rule: LearnedRule,
         horizon: int = 100,
         shortest: int | None = None,
+        nominal_horizon: int | None = None,
         multiple_of: int = 1,
         objective: str = "train",
         target: str = "class",
@@ -89,6 +91,8 @@ class Optimizee(TrainingRun):
         super().__init__(source, model, rule, horizon, init_seed=init_seed)
         require_range("batch_size", batch_size, 1)
         require_range("shortest", horizon if shortest is None else shortest, 1, horizon)
+        self.nominal_horizon = horizon if nominal_horizon is None else nominal_horizon
+        require_range("nominal_horizon", self.nominal_horizon, 1, horizon)
         require_range("multiple_of", multiple_of, 1, horizon if shortest is None else shortest)
         if horizon % multiple_of:
             raise ValueError(f"multiple_of is {multiple_of} with horizon {horizon}; accepted: what divides the horizon")

@@ -41,7 +41,7 @@ class LearnedOptimizerTraining(MetaGradientLearning):
         optimizer: class and settings of any torch optimizer, for the rule's weights.
         lr_scheduler: class and settings of any torch scheduler, stepped with the optimizer; null for none.
         runs: training runs of an evaluation, at least 2.
-        horizons: lengths of the runs of ``validate`` and ``test``, in multiples of the problem's horizon, each at least 1.
+        horizons: lengths of the runs of ``validate`` and ``test``, in multiples of the problem's nominal horizon, each at least 1.
 
     Raises:
         ValueError: as in ``MetaGradientLearning``; for another problem, or problems whose rule is not a learned one.
@@ -97,7 +97,7 @@ class LearnedOptimizerTraining(MetaGradientLearning):
         return None
 
     def _progress(self) -> dict[str, float]:
-        """The mean loss over the horizon, over all problems."""
+        """The mean loss over the nominal horizon, over all problems."""
         keys_R = self._keys("progress")
         means = [mean_loss(each, self.meta, keys_R, "validation") for each in self.optimizees]
         return {"mean_loss": sum(means) / len(means)}

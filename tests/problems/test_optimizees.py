@@ -136,6 +136,7 @@ def test_second_derivatives_are_left_out_unless_asked_for():
         ({"objective": "validation"}, "inner_validation is 0.0 with objective validation; accepted: 0 < share < 1"),
         ({"inner_validation": 0.1}, "inner_validation is 0.1 with objective train; accepted: 0"),
         ({"shortest": 7}, "shortest is 7; accepted: 1 <= shortest <= 6"),
+        ({"nominal_horizon": 7}, "nominal_horizon is 7; accepted: 1 <= nominal_horizon <= 6"),
         ({"multiple_of": 4}, "multiple_of is 4 with horizon 6; accepted: what divides the horizon"),
         ({"multiple_of": 3, "shortest": 2}, "multiple_of is 3; accepted: 1 <= multiple_of <= 2"),
         ({"rescale": 0.5}, "rescale is 0.5; accepted: 1.0 <= rescale"),

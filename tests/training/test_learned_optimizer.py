@@ -88,7 +88,7 @@ def test_meta_training_finds_a_better_learning_rate(learn):
 
 
 def test_evaluations_are_on_new_runs_and_the_stages_own_examples(make_trainer, tmp_path):
-    problem = optimizee()
+    problem = optimizee(nominal_horizon=4)
     module = LearnedOptimizerTraining(
         problem, NoiseReuseES(pairs=2), 3, functools.partial(torch.optim.Adam, lr=0.1), runs=3, horizons=(1, 2)
     )
@@ -99,7 +99,7 @@ def test_evaluations_are_on_new_runs_and_the_stages_own_examples(make_trainer, t
     assert {name.split("/")[0] for name in numbers} == {"1x", "2x"}
     header, *rows = (tmp_path / "validation_curves.csv").read_text().splitlines()
     assert header == "problem,horizon,optimizer,lr,step,loss,standard_error"
-    assert len(rows) == 4 * (6 + 12)
+    assert len(rows) == 4 * (4 + 8)  # the rule and three rivals, once and twice the nominal horizon
     keys = {purpose: set(module._keys(purpose).tolist()) for purpose in ("tuning", "validation", "test", "progress")}
     assert all(len(own) == 3 for own in keys.values()) and len(set.union(*keys.values())) == 12
 
