@@ -6,7 +6,9 @@ A ``SmallMLP`` is meta-trained on the task of configs/learned_optimizer/digits_m
 scikit-learn's digits) by PES, GPES that draws anew every 20 steps, NRES, truncated ES and truncated backpropagation. All have
 32 runs at a time (16 pairs), the same outer optimizer (Adam at 0.01, gradients clipped to the norm 1) and, for a given
 window, the same number of outer steps: 6000 / window, so that longer windows see as much of the runs in fewer steps.
-Truncated ES takes a third run per pair. Backpropagation goes through the gradients of the inner runs, too.
+A step's loss is that before its update, so that truncated estimators see no use of a window's last update: of one in two
+where windows have two steps. Truncated ES takes a third run per pair. Backpropagation goes through the gradients of the inner
+runs, too.
 
 Judged is the mean loss of 32 new runs on the digits of "test" over the 100 steps of meta-training and over 300, as a share
 of that of Adam at the best of 13 learning rates for the same steps (by 16 runs on training digits); and of the last tenth of

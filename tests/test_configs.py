@@ -42,6 +42,7 @@ CHEAPER = {
     "family": ("groups: 3", "groups: 1"),
     "fashion_conv": ("pairs: 8", "pairs: 2"),
     "heavy_tailed": ("evaluation_steps: 300", "evaluation_steps: 5"),
+    "quadratics": ("num_tasks: 128", "num_tasks: 4"),
     "mnist_paper": ("rank: 300", "rank: null"),
     "data_cleaning": ("evaluation_steps: 500", "evaluation_steps: 5"),
     "data_cleaning_few": ("evaluation_steps: 1500", "evaluation_steps: 5"),

@@ -114,6 +114,18 @@ def test_two_ranks_that_train_an_optimizer_for_a_hundred_steps_equal_one(tmp_pat
 
 
 @pytest.mark.slow
+def test_a_run_goes_from_one_rank_to_two_and_back(tmp_path):
+    """Pairs are divided anew among the ranks: to the bit the run of one."""
+    two = ("-c", DDP, "--trainer.accelerator", "cpu", "--trainer.devices", 2)
+    assert fit(OPTIMIZER, tmp_path / "moved", "--trainer.max_steps", 2) == 0
+    shared = start(OPTIMIZER, tmp_path / "moved", "--trainer.max_steps", 4, *two)
+    assert shared.returncode == 0, shared.stderr
+    assert last(tmp_path / "moved")["global_step"] == 4
+    assert fit(OPTIMIZER, tmp_path / "moved") == fit(OPTIMIZER, tmp_path / "whole") == 0
+    assert_same(tmp_path / "moved", tmp_path / "whole")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_killed_run_of_any_estimator_resumes_bit_equal(family, tmp_path):
     assert_killed_run_resumes(config_of(family, tmp_path), tmp_path)

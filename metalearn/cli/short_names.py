@@ -37,6 +37,7 @@ import metalearn.problems.learned_loss
 import metalearn.problems.mixture
 import metalearn.problems.opaque
 import metalearn.problems.optimizees
+import metalearn.problems.quadratics
 import metalearn.problems.schedules
 import metalearn.problems.toys
 import metalearn.tasks.characters

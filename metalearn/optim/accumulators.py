@@ -127,8 +127,11 @@ def _mix(old: Tensor, new: Tensor, kept: Tensor) -> Tensor:
 
 
 def _mean(planes: Planes, squares: Tensor, axis: int | None) -> Tensor:
-    """The mean (…, rest) over one of the five axes of (…, n)."""
-    return squares if axis is None else planes.see(squares).mean(axis).flatten(-4)
+    """The mean (…, rest) over one of the five axes of (…, n), 0 over one without entries."""
+    if axis is None:
+        return squares
+    seen = planes.see(squares)
+    return (seen.mean(axis) if planes.shape[axis] else seen.sum(axis)).flatten(-4)
 
 
 def _without(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:

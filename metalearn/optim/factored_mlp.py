@@ -157,7 +157,7 @@ class FactoredMLP(FactoredRule):
 
     Args:
         hidden_sizes: units of each hidden layer, at least one layer, each >= 1.
-        exp_mult: of the logarithm of a step's size.
+        exp_mult: of the logarithm of a step's size, >= 0.
         step_mult: of a step, >= 0.
 
     Raises:
@@ -171,6 +171,7 @@ class FactoredMLP(FactoredRule):
     def __init__(self, hidden_sizes: Sequence[int] = (4, 4), exp_mult: float = 1e-3, step_mult: float = 1e-3) -> None:
         super().__init__(hidden_sizes)
         require_range("step_mult", step_mult, 0.0)
+        require_range("exp_mult", exp_mult, 0.0)
         self.exp_mult = exp_mult
         self.step_mult = step_mult
 

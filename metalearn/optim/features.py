@@ -50,8 +50,9 @@ def second_moment_normaliser(layout: Layout, x_P: Tensor) -> Tensor:
 
 
 def tensor_means(layout: Layout, x_P: Tensor) -> Tensor:
-    """The mean over each tensor: (…, T)."""
-    return torch.stack([part.mean(-1) for part in layout.split(x_P)], -1)
+    """The mean over each tensor, 0 for one without entries: (…, T)."""
+    means = [part.mean(-1) if part.shape[-1] else part.sum(-1) for part in layout.split(x_P)]
+    return torch.stack(means, -1)
 
 
 def spread(layout: Layout, x_T: Tensor) -> Tensor:

@@ -225,7 +225,7 @@ class GL2O(Guarded):
         require_range("alpha", alpha, 0.0, 1.0)
         require_range("theta", theta, 0.0, 1.0)
         self.alpha, self.theta = alpha, theta
-        self.mu = math.nan  # before the first gradient that is not 0
+        self.mu = math.nan  # before the first gradient that is finite and not 0
         self.steps = self.accepted = 0  # steps taken, and those of them that were the learned optimizer's
         super().__init__(learned, guard)
 
@@ -239,7 +239,7 @@ class GL2O(Guarded):
         with self._draws_to_repeat():
             loss = closure()
         grads = self._grads()
-        if not self.mu > 0:
+        if not 0 < self.mu < math.inf:
             self.mu = self._residual(loss)
             self._set_grads(grads)
         self.learned.step(lambda: loss)

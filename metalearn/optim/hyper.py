@@ -144,6 +144,8 @@ def _features(layout: Layout, values_4P: Tensor, hyper: Params) -> Tensor:
 
 def _statistics(values_4n: Tensor, axes: int) -> Tensor:
     """Those of one tensor of so many axes: (…, 15)."""
+    if not values_4n.shape[-1]:  # whose mean would be NaN
+        values_4n = values_4n.new_zeros((*values_4n.shape[:-1], 1))
     mean_4, variance_4 = values_4n.mean(-1), values_4n.var(-1, correction=0)
     size_1 = values_4n[..., 3:, :].abs().mean(-1)
     kind_2 = [torch.full_like(size_1, 1.0 if axes == kind else -1.0) for kind in (0, 1)]

@@ -46,7 +46,7 @@ class LearnedRule(Rule):
             wrong = {name: given.get(name) for name in own | given if given.get(name) != own.get(name)}
             accepted = {name: own.get(name) for name in wrong}
             raise ValueError(f"weights of {type(self).__name__} have shapes {wrong}; accepted: {accepted}")
-        self._weights = {name: weights[name].detach() for name in own}
+        self._weights = {name: weights[name].detach().clone() for name in own}
 
     @property
     def settings(self) -> dict[str, Any]:

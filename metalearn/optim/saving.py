@@ -79,7 +79,7 @@ def load_rule(rule: str | Path, trusted_classes: Sequence[type[LearnedRule]] = (
 
     Raises:
         ValueError: There is no such rule, the file is of another kind, names a class that is not trusted or another
-            version of it, or its settings or weights do not fit that class.
+            version of it, its settings or weights do not fit that class, or weights are not finite.
     """
     path = _find(rule)
     try:
@@ -88,6 +88,8 @@ def load_rule(rule: str | Path, trusted_classes: Sequence[type[LearnedRule]] = (
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not a readable safetensors file: {error}") from error
+    if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
+        raise ValueError(f"{str(path)!r} has weights {broken} that are not finite: its meta-training diverged")
     described = card.get("rule") if isinstance(card, dict) else None
     if not isinstance(described, dict):
         raise ValueError(f"{str(path)!r} does not say which rule it holds; accepted: a file written by save_rule")

@@ -36,7 +36,7 @@ class STAR(FactoredRule):
 
     Args:
         hidden_sizes: units of each hidden layer, at least one layer, each >= 1.
-        exp_mult: of the logarithms of the three magnitudes.
+        exp_mult: of the logarithms of the three magnitudes, >= 0.
         step_mult: of the black box, >= 0; 0 turns it off.
         nominal_lr: alpha, of the nominal term, >= 0; 0 turns it off.
         nominal: the estimate of the gradient: "sgd" g, "momentum" the slowest m, "aggmo" the mean over m, "adam" and
@@ -67,7 +67,8 @@ class STAR(FactoredRule):
         magnitude_control: bool = True,
     ) -> None:
         super().__init__(hidden_sizes)
-        for name, value in (("step_mult", step_mult), ("nominal_lr", nominal_lr), ("weight_decay", weight_decay)):
+        sizes = {"exp_mult": exp_mult, "step_mult": step_mult, "nominal_lr": nominal_lr, "weight_decay": weight_decay}
+        for name, value in sizes.items():
             require_range(name, value, 0.0)
         require_choice("nominal", nominal, NOMINAL)
         self.exp_mult = exp_mult

@@ -7,6 +7,7 @@ Letters: P parameters of all tensors of a part together.
 # (torch's own optimizers are made of its _foreach functions, which it does not export.)
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from metalearn import tree
-from metalearn.base import Params, Tree, require_range
+from metalearn.base import Params, Tree
 from metalearn.optim.layout import Layout
 from metalearn.optim.learned import LearnedRule
 from metalearn.optim.saving import describe, load_rule, with_weights
@@ -69,8 +70,9 @@ class LearnedOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         settings = self.defaults | param_group
-        require_range("lr", settings["lr"], 0.0)
-        require_range("weight_decay", settings["weight_decay"], 0.0)
+        for name in ("lr", "weight_decay"):
+            if not 0 <= settings[name] < math.inf:
+                raise ValueError(f"{name} is {settings[name]!r}; accepted: 0 <= {name} < inf")
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if not p.is_floating_point():
@@ -217,6 +219,9 @@ class LearnedOptimizer(Optimizer):
             raise ValueError(f"the state is of a rule with {found}; accepted: {accepted}")
         rule = with_weights(self.rule, weights)
         state = {name: self._fitted(part) for name, part in state_dict["state"].items()}
+        members = [place for part in state.values() for place in part["members"]]
+        if len(members) != len(set(members)):
+            raise ValueError(f"the state is of parameters {members}; accepted: none of them twice")
         super().load_state_dict({**state_dict, "state": state})
         self.rule = rule
         self._forget()
@@ -224,7 +229,7 @@ class LearnedOptimizer(Optimizer):
     def _fitted(self, part: Part) -> Part:
         """A part as it was saved, on the device of its parameters."""
         params, members = self._params, list(part["members"])
-        if not all(place < len(params) for place in members):
+        if not all(0 <= place < len(params) for place in members):
             raise ValueError(f"the state is of parameters {members}; accepted: 0 ... {len(params) - 1}")
         like = self._begin(params, members)["tree"]
         try:

@@ -10,7 +10,9 @@ from torch import Tensor
 from metalearn.base import Params, Rule
 from metalearn.problems.baselines import HAND_MADE, Baseline, curves, decayed, tuned
 from metalearn.problems.optimizees import Optimizee
+from metalearn.problems.quadratics import Quadratics
 
+Judged = Optimizee | Quadratics
 LEARNED = "learned"
 ADAM = "Adam"
 RIVALS: Mapping[str, Baseline] = {
@@ -29,7 +31,7 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    problems: Sequence[Optimizee],
+    problems: Sequence[Judged],
     meta: Params,
     *,
     tuning: Tensor,
@@ -43,7 +45,7 @@ def compare(
     Numbers, of every problem (by its index where there are several) and horizon: "<optimizer>/mean_loss" over all steps,
     "<optimizer>/final_loss" over the last tenth, both means over runs, the rival's "lr"; of the learned rule "ratio", its
     mean loss over tuned Adam's, and "speed_up": the steps that tuned Adam takes to the rule's final loss over the steps
-    of the rule, infinite where Adam does not get there in as many.
+    of the rule, infinite where Adam does not get there in as many, NaN where a run of the rule diverges.
 
     Args:
         problems: what is trained.
@@ -71,13 +73,13 @@ def compare(
     return Comparison(numbers, rows)
 
 
-def mean_loss(problem: Optimizee, meta: Params, keys_R: Tensor, part: str) -> float:
+def mean_loss(problem: Judged, meta: Params, keys_R: Tensor, part: str) -> float:
     """The mean loss over the nominal horizon of new runs on a part."""
     assert problem.rule is not None
     return float(curves(problem.on(part), problem.rule, meta, keys_R, problem.nominal_horizon).mean())
 
 
-def _curves_at(problem: Optimizee, rule: Rule, lr: float, keys_R: Tensor, steps: int) -> Tensor:
+def _curves_at(problem: Judged, rule: Rule, lr: float, keys_R: Tensor, steps: int) -> Tensor:
     return curves(problem, rule, {"lr": torch.tensor(lr, device=keys_R.device)}, keys_R, steps)
 
 
@@ -97,8 +99,10 @@ def speed_up(losses_RT: Tensor, reference_RT: Tensor) -> float:
     """How many steps the reference needs for one step of the other: t / T.
 
     t is the first step at which the reference's mean loss over T/10 steps is no more than the other's over its last T/10;
-    infinite where the reference does not get there within T steps.
+    infinite where the reference does not get there within T steps, NaN where the other's end is not finite.
     """
+    if not _tail(losses_RT).mean().isfinite():
+        return math.nan
     window = max(1, losses_RT.shape[1] // TAIL)
     smooth_t = reference_RT.mean(0).unfold(0, window, 1).mean(1)
     reached = (smooth_t <= _tail(losses_RT).mean()).nonzero()

@@ -162,8 +162,8 @@ class OptimizeeFamily(Mixture):
                     perceptron(configuration["hidden"], configuration["activation"]),
                     rule,
                     horizon,
-                    shortest,
-                    multiple_of,
+                    shortest=shortest,
+                    multiple_of=multiple_of,
                     batch_size=configuration["batch_size"],
                     rescale=rescale,
                 )

@@ -37,7 +37,9 @@ class Optimizee(TrainingRun):
 
     The meta-objective of an episode of T steps is the sum over its steps of L_t / ``horizon``: with "train", L_t is the
     loss of the step's batch before the update; with "validation" the loss, after the update, of as many examples that
-    no step of the run is trained on.
+    no step of the run is trained on. Before its update a loss tells nothing of that update: with "train", an estimator that
+    credits a window's losses to its own updates alone (truncated backpropagation, truncated evolution) sees no use of the
+    window's last, and of a window of one step nothing at all.
 
     A task is an initialisation and a stream of batches, drawn (with repetition) from the keys of the run, so that runs at
     different ages need no common batch. Examples never mix: runs in meta-training see the source's "train" part only, runs in
@@ -171,7 +173,8 @@ class Optimizee(TrainingRun):
             return torch.full((), self.horizon, dtype=torch.int64, device=key.device)
         low, high = math.log(self.shortest), math.log(self.horizon)
         steps = (low + (high - low) * random.uniform(key)).exp()
-        return ((steps / self.multiple_of).round().clamp(min=1) * self.multiple_of).long().clamp(max=self.horizon)
+        least = -(-self.shortest // self.multiple_of)
+        return (steps / self.multiple_of).round().clamp(min=least).long() * self.multiple_of
 
     def step(self, meta: Params, state: InnerState, batch: Any, key: Tensor) -> tuple[InnerState, StepOutput]:
         assert self.horizon is not None

@@ -1,6 +1,6 @@
 """Random quadratics, the first thing that an optimizer was ever taught to optimize."""
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -43,6 +43,15 @@ class Quadratics(Descent):
         require_range("num_dims", num_dims, 1)
         require_choice("entries", entries, ENTRIES)
         self.num_dims, self.entries, self.num_steps = num_dims, entries, horizon
+
+    @property
+    def nominal_horizon(self) -> int:
+        """What comparisons with other optimizers count in."""
+        return self.num_steps
+
+    def on(self, part: str) -> Self:
+        """The same: every run draws its own problem, and keys tell runs of one purpose from those of another."""
+        return self
 
     def init_meta(self, key: Tensor) -> Params:
         assert isinstance(self.rule, LearnedRule)

@@ -17,10 +17,10 @@ from metalearn.base import BASE, Estimator, InnerProblem, require_range
 from metalearn.files import write_whole
 from metalearn.optim.learned import LearnedRule
 from metalearn.optim.saving import describe, save_rule
-from metalearn.problems.comparison import Comparison, compare, mean_loss
+from metalearn.problems.comparison import Comparison, Judged, compare, mean_loss
 from metalearn.problems.mixture import Mixture, OverMixture
-from metalearn.problems.optimizees import Optimizee
 from metalearn.training.meta_gradient import MetaGradientLearning
+from metalearn.unroll import Tasks
 
 RULE = "rule.safetensors"
 
@@ -35,7 +35,7 @@ class LearnedOptimizerTraining(MetaGradientLearning):
     ``<stage>.json`` has mean losses over all steps and over the last tenth, ``<stage>_curves.csv`` the loss at every step.
 
     Args:
-        problem: an ``Optimizee``, or a ``Mixture`` of several.
+        problem: an ``Optimizee`` or ``Quadratics``, several runs of one as ``Tasks``, or a ``Mixture`` of several.
         estimator: how training runs are differentiated; ``NoiseReuseES`` for rules of up to a few thousand weights.
         steps: inner steps of one window, at least 1.
         optimizer: class and settings of any torch optimizer, for the rule's weights.
@@ -68,7 +68,7 @@ class LearnedOptimizerTraining(MetaGradientLearning):
         require_range("number of horizons", len(horizons), 1)
         for multiple in horizons:
             require_range("horizons", multiple, 1)
-        self.optimizees = [_as_optimizee(each) for each in (problem.problems if mixed else [problem])]
+        self.optimizees = [_as_judged(each) for each in (problem.problems if mixed else [problem])]
         rules = [each.rule for each in self.optimizees if isinstance(each.rule, LearnedRule)]
         described = [describe(rule) for rule in rules]
         if other := [each for each in described if each != described[0]]:
@@ -132,16 +132,20 @@ class LearnedOptimizerTraining(MetaGradientLearning):
             "seed": self.trainer.datamodule.seed,
             "step": self.trainer.global_step,
             "problem": type(self.problem).__name__,
-            "data": self.optimizees[0].record()["fingerprint"][BASE],
+            "data": self.optimizees[0].record()["fingerprint"].get(BASE),
         }
 
     def _card(self) -> dict[str, Any]:
         return super()._card() | {"rule": {"class": type(self.rule).__name__, "settings": self.rule.settings}}
 
 
-def _as_optimizee(problem: InnerProblem) -> Optimizee:
-    if not isinstance(problem, Optimizee):
-        raise ValueError(f"problem is {type(problem).__name__}; accepted: Optimizee, or a Mixture of these")
+def _as_judged(problem: InnerProblem) -> Judged:
+    if isinstance(problem, Tasks):
+        return _as_judged(problem.problem)
+    if not isinstance(problem, Judged):
+        raise ValueError(
+            f"problem is {type(problem).__name__}; accepted: Optimizee, Quadratics, Tasks or a Mixture of these"
+        )
     if not isinstance(problem.rule, LearnedRule):
         raise ValueError(f"rule is {type(problem.rule).__name__}; accepted: a LearnedRule")
     return problem

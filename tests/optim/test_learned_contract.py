@@ -176,6 +176,11 @@ def test_a_tensor_without_entries_changes_nothing(rule):
     meta, params_P, targets_P = weights_of(rule), drawn("params", size), drawn("targets", size)
     wanted, found = (runs(rule, meta, params_P, targets_P, layout)[0] for layout in (LAYOUT, wider))
     torch.testing.assert_close(found, wanted, **CLOSE)
+    given = {name: value.detach().requires_grad_() for name, value in meta.items()}
+    moved, slope = runs(rule, given, params_P, targets_P, wider)[0], []
+    if moved.requires_grad:
+        slope = torch.autograd.grad(moved.square().sum(), list(given.values()), allow_unused=True)
+    assert all(grad is None or grad.isfinite().all() for grad in slope)
 
 
 @every_rule

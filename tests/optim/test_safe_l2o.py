@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -47,6 +48,15 @@ def test_safe_l2o_does_without_a_first_gradient():
     for step in range(12):
         optimizer.step(lambda target=1.0 if step < 2 else 5.0: descended(p, (p - target).square().sum() / 2))
     assert p.item() == pytest.approx(5.0, abs=0.05) and optimizer.fraction_learned > 0.5
+
+
+def test_safe_l2o_measures_anew_after_a_gradient_that_overflowed():
+    p = nn.Parameter(torch.tensor([1.0]))
+    optimizer = GL2O(torch.optim.SGD([p], lr=3.0), torch.optim.SGD([p], lr=0.1))
+    optimizer.mu = math.inf  # beside which every step of the learned optimizer would be small
+    for _ in range(3):
+        optimizer.step(lambda: descended(p, p.square().sum() / 2))
+    assert optimizer.accepted == 0 and p.item() == pytest.approx(0.9**3)
 
 
 def test_safe_l2o_goes_on_bit_for_bit():

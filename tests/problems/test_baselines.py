@@ -102,5 +102,6 @@ def test_speed_up_counts_the_steps_that_the_reference_needs():
     fast, slow = torch.arange(100, 0, -1.0).expand(2, -1), torch.arange(200, 0, -2.0).expand(2, -1) - 80
     assert speed_up(fast, fast) == 1.0
     assert math.isinf(speed_up(fast * 0, fast))
+    assert math.isnan(speed_up(fast.index_fill(1, torch.tensor(99), math.nan), fast))  # a run that diverges is not fast
     # The mean over ten steps ends at 5.5; 120 - 2 t over ten steps is 111 - 2 t, and is there from t = 53 on.
     assert speed_up(fast, slow) == pytest.approx((53 + 10) / 100)

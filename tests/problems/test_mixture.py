@@ -12,6 +12,7 @@ from metalearn.base import Batches
 from metalearn.estimators.evolution import NoiseReuseES
 from metalearn.estimators.unrolled import Unrolled
 from metalearn.models.vision import MLP
+from metalearn.problems.comparison import compare
 from metalearn.problems.mixture import Mixture, OptimizeeFamily, OverMixture
 from metalearn.problems.optimizees import Optimizee
 
@@ -54,6 +55,15 @@ def test_families_have_unlike_sizes_and_are_the_same_again():
         layers = [part for part in each.module if isinstance(part, torch.nn.Linear)]
         assert [layer.out_features for layer in layers] == [*configuration["hidden"], 3]
         assert each.num_drawn == configuration["batch_size"]
+
+
+def test_families_have_the_lengths_that_they_are_given_and_are_judged_by_their_horizon():
+    family = opened(OptimizeeFamily(Clusters(), Scaled(), horizon=12, groups=2, shortest=4, multiple_of=2))
+    for each in family.problems:
+        assert (each.shortest, each.multiple_of, each.nominal_horizon, each.horizon) == (4, 2, 12, 12)
+    meta, keys = family.init_meta(random.key(0)), random.fold(random.key(1), torch.arange(2))
+    found = compare(family.problems, meta, tuning=keys, judging=keys, part="validation")
+    assert len(found.rows) == 2 * 4 * 12
 
 
 def test_refuses_what_cannot_be_mixed():

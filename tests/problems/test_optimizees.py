@@ -66,6 +66,8 @@ def test_lengths_of_episodes_are_log_uniform_and_whole_windows():
     problem = optimizee(horizon=640, shortest=10, multiple_of=10)
     lengths = torch.stack([problem._horizon(key) for key in keys(400)])
     assert lengths.min() == 10 and lengths.max() == 640 and not (lengths % 10).any()
+    between = optimizee(horizon=60, shortest=14, multiple_of=10)
+    assert {int(between._horizon(key)) for key in keys(100)} == {20, 30, 40, 50, 60}
     assert 60 < lengths.float().log().mean().exp() < 105  # the geometric mean of 10 ... 640 is 80
     state = problem.init({"log_rate": torch.tensor(-2.0)}, random.key(0))
     state = state._replace(extra=state.extra | {"horizon": torch.tensor(2)})

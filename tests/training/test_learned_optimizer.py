@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ from metalearn.optim.learnable import LearnableSGD
 from metalearn.optim.saving import load_rule
 from metalearn.problems.mixture import Mixture
 from metalearn.problems.optimizees import Optimizee
+from metalearn.problems.quadratics import Quadratics
 from metalearn.training.callbacks import RunCheckpoint
 from metalearn.training.learned_optimizer import RULE, LearnedOptimizerTraining
 from metalearn.training.meta_gradient import OuterSteps
+from metalearn.unroll import Tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
@@ -102,6 +105,23 @@ def test_evaluations_are_on_new_runs_and_the_stages_own_examples(make_trainer, t
     assert len(rows) == 4 * (4 + 8)  # the rule and three rivals, once and twice the nominal horizon
     keys = {purpose: set(module._keys(purpose).tolist()) for purpose in ("tuning", "validation", "test", "progress")}
     assert all(len(own) == 3 for own in keys.values()) and len(set.union(*keys.values())) == 12
+
+
+def test_several_quadratics_at_a_time_are_trained_and_judged(learn, make_trainer, tmp_path):
+    problem = Tasks(Quadratics(Scaled(log_rate=-5.0), horizon=6, num_dims=3), 16)
+    module = learn(
+        RunCheckpoint(str(tmp_path), 20),
+        problem=problem,
+        estimator=Unrolled("graph", warm_start=True),
+        lr=0.2,
+        max_steps=20,
+        enable_checkpointing=True,
+    )
+    assert module.meta["log_rate"] > -4.0
+    make_trainer(limit_val_batches=1).validate(module, OuterSteps(0))
+    numbers = json.loads((tmp_path / "validation.json").read_text())
+    assert 0 < numbers["1x/learned/final_loss"] < numbers["1x/learned/mean_loss"] < math.inf
+    assert load_rule(tmp_path / RULE, [Scaled]).weights["log_rate"] == module.meta["log_rate"]
 
 
 def test_what_cannot_be_meta_trained_is_refused(learn, tmp_path):
