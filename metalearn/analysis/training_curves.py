@@ -90,7 +90,8 @@ def plot_training_runs(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         named = problem if isinstance(problem, str) else f"problem {problem}"
         shown = [named] if len(problems) > 1 else []
         own.set_title(", ".join([*shown, horizon] if len(horizons) > 1 or not shown else shown))
-    figure.axes[0].legend(frameon=False)
+    lines, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside upper center", ncols=2 * len(horizons), frameon=False)  # runs fill a panel
     return figure.axes[0]
 
 
