@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 
 State = dict[str, Tensor]
 Params = dict[str, Tensor]
@@ -234,8 +235,8 @@ class InnerProblem(ABC):
     (``horizon`` None) is asked for ``outer`` at the end of every window.
 
     Functions are written for one run. The engine batches them by ``vmap`` over particles and tasks, except ``init``,
-    which it calls run by run. ``outer`` draws nothing but from a key in its batch. Keys are ``metalearn.random`` keys;
-    equal keys give equal results.
+    which it calls run by run; ``step_runs`` may do better, with the same results. ``outer`` draws nothing but from a key in
+    its batch. Keys are ``metalearn.random`` keys; equal keys give equal results.
     """
 
     horizon: int | None = None  # steps of an episode
@@ -257,6 +258,12 @@ class InnerProblem(ABC):
     @abstractmethod
     def step(self, meta: Params, state: InnerState, batch: Any, key: Tensor) -> tuple[InnerState, StepOutput]:
         """One inner step."""
+
+    def step_runs(
+        self, metas_R: Params, states_R: InnerState, batch: Any, keys_R: Tensor
+    ) -> tuple[InnerState, StepOutput]:
+        """``step`` of R runs, each with meta-parameters, a state and a key of its own; the batch is one for all."""
+        return vmap(self.step, (0, 0, None, 0), randomness="error")(metas_R, states_R, batch, keys_R)
 
     def outer(self, meta: Params, state: InnerState, batch: Any) -> Tensor:
         """The terminal part of the meta-objective, a scalar; 0 where every part of it is in the steps' losses."""

@@ -179,30 +179,41 @@ class Evolution(Estimator):
         problem, batches = window.problem, window.batches
         metas_NS = self._perturbed(window, pairs.direction_NP)
         keys_NS = window.step_key_KN[k, :, None].expand(-1, len(self.signs))
-        inner, output = self._each(problem.step, metas_NS, pairs.inner, batches.inner(k), keys_NS)
+        inner, output = self._each(problem.step, problem.step_runs, metas_NS, pairs.inner, batches.inner(k), keys_NS)
         done_N, until_cut_N = output.done.any(1), pairs.until_cut_N - 1
         loss_NS = output.loss.to(torch.promote_types(output.loss.dtype, window.center_P.dtype))
         due_N = done_N
         if problem.horizon is None:
             due_N = torch.ones_like(done_N) if k == batches.steps - 1 else None
         if len(due := _rows(due_N)):
-            outer_nS = self._each(problem.outer, *tree.index((metas_NS, inner), due), batches.outer)
+            several = vmap(problem.outer, (0, 0, None), randomness="error")
+            outer_nS = self._each(problem.outer, several, *tree.index((metas_NS, inner), due), batches.outer)
             loss_NS = loss_NS.index_add(0, due, outer_nS.to(loss_NS.dtype))
         ended_N = done_N | (until_cut_N == 0)
         pairs = pairs._replace(inner=inner, age_N=pairs.age_N + 1, until_cut_N=until_cut_N, ended_N=ended_N)
         return pairs, self._capped(loss_NS)
 
-    def _each(self, function: Callable, metas_NS: Params, states_NS: InnerState, batch: Any, *keys_NS: Tensor) -> Any:
-        """``function`` of every run of every pair; all but the batch, and the results, have axes (pairs, runs)."""
+    def _each(
+        self,
+        one: Callable,
+        several: Callable,
+        metas_NS: Params,
+        states_NS: InnerState,
+        batch: Any,
+        *keys_NS: Tensor,
+    ) -> Any:
+        """``one`` of every run of every pair, by ``several``; all but the batch, and the results, have axes (pairs, runs)."""
         runs = len(self.signs)
         metas, states, keys = tree.map(lambda leaf: leaf.flatten(0, 1), (metas_NS, states_NS, keys_NS))
+        count = len(states.step)
         if self.vectorised:
-            chunk_size = None if self.chunk is None else self.chunk * runs
-            in_dims = (0, 0, None, *(0 for _ in keys))
-            found = vmap(function, in_dims, randomness="error", chunk_size=chunk_size)(metas, states, batch, *keys)
+            size = count if self.chunk is None else self.chunk * runs
+            rows = [tree.index((metas, states, keys), slice(first, first + size)) for first in range(0, count, size)]
+            parts = [several(meta, state, batch, *key) for meta, state, key in rows]
+            found = parts[0] if len(parts) == 1 else tree.map(lambda *same: torch.cat(same), *parts)
         else:
-            rows = [tree.index((metas, states, keys), row) for row in range(len(states.step))]
-            found = tree.stack([function(meta, state, batch, *key) for meta, state, key in rows])
+            rows = [tree.index((metas, states, keys), row) for row in range(count)]
+            found = tree.stack([one(meta, state, batch, *key) for meta, state, key in rows])
         return tree.map(lambda leaf: leaf.unflatten(0, (-1, runs)), found)
 
     def _capped(self, loss_NS: Tensor) -> Tensor:

@@ -80,7 +80,17 @@ class LearnedRule(Rule):
     def update(
         self, meta: Params, grads: Params, state: Tree, params: Params, *, loss: Tensor | None = None
     ) -> tuple[Params, Tree]:
-        layout = Layout.of(params)
+        return self._updated(Layout.of(params), meta, grads, state, params, loss)
+
+    def update_runs(
+        self, metas_R: Params, grads_R: Params, state_R: Tree, params_R: Params, *, loss: Tensor | None = None
+    ) -> tuple[Params, Tree]:
+        """``update`` of R runs, each with weights of its own: every leaf, and ``loss``, has a first axis of runs."""
+        return self._updated(Layout.of(params_R, 1), metas_R, grads_R, state_R, params_R, loss)
+
+    def _updated(
+        self, layout: Layout, meta: Params, grads: Params, state: Tree, params: Params, loss: Tensor | None
+    ) -> tuple[Params, Tree]:
         given, grads_P = layout.pack(params), _working(layout.pack(grads))
         flat = _working(given)
         direction_P, state = self.direction(self._like(meta, flat), layout, grads_P, state, flat, loss)

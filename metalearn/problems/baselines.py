@@ -100,8 +100,8 @@ def curves(
     def step(
         problem: InnerProblem, meta: Params, state: InnerState, batches: Batches, key: Tensor, k: int
     ) -> tuple[InnerState, StepOutput]:
-        randomness = "different" if problem.global_generator else "error"
-        each = vmap(problem.step, (0, 0, None, 0), randomness=randomness)
+        each = vmap(problem.step, (0, 0, None, 0), randomness="different")
+        each = each if problem.global_generator else problem.step_runs
         state, output = each(meta, state, batches.inner(k), random.fold(keys_R, "step", k))
         losses.append(output.loss)
         return state, StepOutput(output.loss.mean(), output.done.all())

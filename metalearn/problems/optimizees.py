@@ -6,10 +6,12 @@ Shape letters: N examples, D input features, K outputs.
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 from torch.nn import functional
 
 from metalearn import random, tree
@@ -183,9 +185,28 @@ class Optimizee(TrainingRun):
             grads = tree.detach(grads)
         state = update(self, meta, state, grads, loss.detach(), buffers)
         if self.objective == "validation":
-            held_out = self._drawn(self.part + HELD_OUT, key)
-            loss = self._loss(self.predict(state, held_out.inputs), held_out)
+            loss = self._held_out(state, self._drawn(self.part + HELD_OUT, key))
         return state, StepOutput(loss / self.horizon, state.step >= state.extra["horizon"])
+
+    def step_runs(
+        self, metas_R: Params, states_R: InnerState, batch: Any, keys_R: Tensor
+    ) -> tuple[InnerState, StepOutput]:
+        """Only the network goes through ``vmap``, whose every operation is dear; rules and draws know of many runs."""
+        if not isinstance(self.rule, LearnedRule) or self.second_derivatives:
+            return super().step_runs(metas_R, states_R, batch, keys_R)
+        assert self.horizon is not None
+        gradient = vmap(partial(inner_gradient, self), randomness="error")
+        grads, losses_R, buffers = gradient(metas_R, states_R, self._drawn(self.part, keys_R), keys_R)
+        grads, buffers = tree.detach((grads, buffers))
+        given = states_R.rule, states_R.params
+        params, rule = self.rule.update_runs(metas_R, grads, *given, loss=losses_R.detach())
+        states_R = InnerState(params, buffers, rule, states_R.step + 1, states_R.extra)
+        if self.objective == "validation":
+            losses_R = vmap(self._held_out)(states_R, self._drawn(self.part + HELD_OUT, keys_R))
+        return states_R, StepOutput(losses_R / self.horizon, states_R.step >= states_R.extra["horizon"])
+
+    def _held_out(self, state: InnerState, examples: Examples) -> Tensor:
+        return self._loss(self.predict(state, examples.inputs), examples)
 
     def inner_loss(self, meta: Params, state: InnerState, batch: Any, key: Tensor) -> tuple[Tensor, Params]:
         outputs, buffers = tree.call(self.module, self._unscaled(state), state.buffers, batch.inputs)

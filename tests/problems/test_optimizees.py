@@ -6,12 +6,17 @@ import pytest
 import torch
 from problems.conftest import Clusters, opened
 from problems.learned_rules import Scaled, keys
+from torch.func import vmap
 from torch.nn import functional
 
 from metalearn import random, tree
 from metalearn.estimators.evolution import PersistentES
 from metalearn.estimators.unrolled import Unrolled
 from metalearn.models.vision import MLP
+from metalearn.optim.factored_mlp import FactoredMLP
+from metalearn.optim.hyper import NNAdam
+from metalearn.optim.lstm import CoordinateLSTM
+from metalearn.optim.small_mlp import SmallMLP
 from metalearn.problems.baselines import curves
 from metalearn.problems.optimizees import HELD_OUT, Optimizee
 
@@ -76,6 +81,25 @@ def test_lengths_of_episodes_are_log_uniform_and_whole_windows():
         state, output = problem.step(meta, state, None, random.key(1))
         done.append(bool(output.done))
     assert done == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    "rule", [SmallMLP(), FactoredMLP(), NNAdam(), CoordinateLSTM()], ids=lambda rule: type(rule).__name__
+)
+@pytest.mark.parametrize("options", [{}, {"objective": "validation", "inner_validation": 0.4}, {"rescale": 3.0}])
+def test_steps_of_many_runs_are_those_of_each(rule, options):
+    several = keys(3)
+    problem = opened(Optimizee(Clusters(), MLP_4, rule, horizon=6, batch_size=5, **options))
+    weights = [problem.init_meta(key) for key in several]
+    metas = tree.map(lambda leaf: leaf + 0.1, tree.stack(weights))
+    states = tree.stack([problem.init(tree.index(metas, run), key) for run, key in enumerate(several)])
+    alone = together = states
+    for number in range(3):
+        drawn = random.fold(torch.stack(list(several)), number)
+        alone, wanted = vmap(problem.step, (0, 0, None, 0))(metas, alone, None, drawn)
+        together, found = problem.step_runs(metas, together, None, drawn)
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
 
 
 def test_the_validation_objective_is_of_examples_that_no_run_is_trained_on():
