@@ -100,8 +100,9 @@ def curves(
     def step(
         problem: InnerProblem, meta: Params, state: InnerState, batches: Batches, key: Tensor, k: int
     ) -> tuple[InnerState, StepOutput]:
-        each = vmap(problem.step, (0, 0, None, 0), randomness="different")
-        each = each if problem.global_generator else problem.step_runs
+        each = problem.step_runs
+        if problem.global_generator:  # as dropout does, for each run its own numbers
+            each = vmap(problem.step, (0, 0, None, 0), randomness="different")
         state, output = each(meta, state, batches.inner(k), random.fold(keys_R, "step", k))
         losses.append(output.loss)
         return state, StepOutput(output.loss.mean(), output.done.all())
