@@ -19,7 +19,7 @@ from metalearn import random
 from metalearn.base import Params, Tree, require_range
 from metalearn.optim import accumulators
 from metalearn.optim.accumulators import AXES, FIRST, SECOND, Decays, Planes, learned_decay
-from metalearn.optim.features import NORMALISER_EPS, TIME_SCALES, time_features
+from metalearn.optim.features import NORMALISER_EPS, TIME_SCALES, affine, time_features
 from metalearn.optim.layout import Layout
 from metalearn.optim.learned import LearnedRule, count
 
@@ -256,17 +256,10 @@ def _products(first: Tensor, added: Sequence[Tensor], later: Layers, features: F
     """The outputs, each (…, 1, 5), by matrix products."""
     x, answer = torch.cat(features, -6), functools.reduce(torch.add, added)
     shape = x.shape[-5:]
-    x = _affine(first, answer.flatten(-5), x.flatten(-5))
+    x = affine(first.mT, answer.flatten(-5), x.flatten(-5))
     for weight, bias in later:
-        x = _affine(weight, bias.unsqueeze(-1), x.relu_())
+        x = affine(weight.mT, bias.unsqueeze(-1), x.relu_())
     return x.unflatten(-1, shape).split(1, -6)
-
-
-def _affine(weight: Tensor, added: Tensor, x: Tensor) -> Tensor:
-    """``weight^T x + added``, of (…, in, out), (…, out, n or 1) and (…, in, n); in one go without leading axes."""
-    if x.dim() == weight.dim() == added.dim() == 2:
-        return torch.addmm(added, weight.mT, x)
-    return weight.mT @ x + added
 
 
 def _sums(first: Tensor, added: Sequence[Tensor], later: Layers, features: Features) -> Sequence[Tensor]:

@@ -1,4 +1,4 @@
-"""What learned rules see of a training run: running means, time, and statistics of whole tensors.
+"""What learned rules see of a training run: running means, time, and statistics of whole tensors; and a layer that reads it.
 
 Letters: P parameters of all tensors together; T tensors; D decays; S time scales; ``…`` leading axes.
 """
@@ -59,3 +59,12 @@ def spread(layout: Layout, x_T: Tensor) -> Tensor:
     """The value of each tensor (…, T) at each of its entries: (…, P)."""
     values = x_T.split(1, -1)
     return torch.cat([value.expand(*value.shape[:-1], n) for value, n in zip(values, layout.sizes, strict=True)], -1)
+
+
+def affine(matrix: Tensor, added: Tensor, values: Tensor) -> Tensor:
+    """``matrix values + added`` of (…, out, in), (…, in, n) and (…, out, n or 1), in one pass; values have all leading axes."""
+    if values.dim() == 2:
+        return torch.addmm(added, matrix, values)
+    leading = values.shape[:-2]
+    flat = (x.expand(*leading, *x.shape[-2:]).flatten(0, -3) for x in (added, matrix, values))
+    return torch.baddbmm(*flat).unflatten(0, leading)

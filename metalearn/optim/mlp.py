@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metalearn import random
 from metalearn.base import Params, Tree, require_range
-from metalearn.optim.features import TIME_SCALES, running_mean, second_moment_normaliser, time_features
+from metalearn.optim.features import TIME_SCALES, affine, running_mean, second_moment_normaliser, time_features
 from metalearn.optim.layout import Layout
 from metalearn.optim.learned import LearnedRule, count
 
@@ -76,52 +76,33 @@ class CoordinateMLP(LearnedRule):
         self, meta: Params, layout: Layout, grads_P: Tensor, state: Tree, params_P: Tensor, loss: Tensor | None
     ) -> tuple[Tensor, Tree]:
         features, factors, later = self.observe(grads_P, state, params_P)
-        first, *others = self._layers(meta, time_features(state["step"], self.time_scales, grads_P.dtype))
-        all_FP = torch.stack([*features, torch.ones_like(grads_P)], -2)
+        first_FH, of_time_SH = meta["weight_0"].split([self.num_features, len(self.time_scales)], -2)
+        time_S1 = time_features(state["step"], self.time_scales, grads_P.dtype).unsqueeze(-1)
+        bias_H1 = affine(of_time_SH.mT, meta["bias_0"].unsqueeze(-1), time_S1)
+        others = range(1, len(self.hidden_sizes) + 1)
+        others = [(meta[f"weight_{layer}"].mT, meta[f"bias_{layer}"].unsqueeze(-1)) for layer in others]
+        all_FP = torch.stack(features, -2)
         # What is the same for all parameters of a tensor goes into the weights.
-        first_THF = first.unsqueeze(-3) * self._scales(layout, all_FP, factors).contiguous().unsqueeze(-2)
+        first_THF = (first_FH.unsqueeze(-3) * self._scales(layout, all_FP, factors).unsqueeze(-1)).mT
         parts = zip(first_THF.unbind(-3), layout.split(all_FP), strict=True)
-        outputs_2P = torch.cat([_network([own_HF, *others], part_Fn) for own_HF, part_Fn in parts], -1)
+        outputs_2P = torch.cat([_network([(own_HF, bias_H1), *others], part_Fn) for own_HF, part_Fn in parts], -1)
         direction_P, magnitude_P = outputs_2P.unbind(-2)
         return self.step_mult * direction_P * (self.exp_mult * magnitude_P).exp(), later
 
     def _scales(self, layout: Layout, all_FP: Tensor, factors: Tensor) -> Tensor:
-        """What each tensor's features are multiplied with, the 1 among them: (…, T, F)."""
+        """What each tensor's features are multiplied with: (…, T, F)."""
         normalised_FT = second_moment_normaliser(layout, all_FP[..., : self.num_normalised, :])
-        others_FT = torch.cat([factors, torch.ones_like(all_FP[..., :1, 0])], -1).unsqueeze(-1)
-        return torch.cat([normalised_FT, others_FT.expand(*others_FT.shape[:-1], len(layout.sizes))], -2).mT
-
-    def _layers(self, meta: Params, time_S: Tensor) -> list[Tensor]:
-        """The layers as matrices (…, outputs, inputs) whose last input is 1, and whose last output is 1 for the next layer."""
-        own_FH, of_time_SH = meta["weight_0"].split([self.num_features, len(self.time_scales)], -2)
-        bias_H = meta["bias_0"] + (of_time_SH.mT @ time_S.unsqueeze(-1)).squeeze(-1)
-        # Biases as columns: a pass over all units that adds them would cost as much as the product.
-        hidden = [_with_bias(own_FH, bias_H)]
-        later = range(1, len(self.hidden_sizes) + 1)
-        *between, last = [_with_bias(meta[f"weight_{layer}"], meta[f"bias_{layer}"]) for layer in later]
-        return [*(_passing_one(matrix) for matrix in hidden + between), last]
+        others_FT = factors.unsqueeze(-1).expand(*factors.shape, len(layout.sizes))
+        return torch.cat([normalised_FT, others_FT], -2).mT
 
 
-def _network(layers: list[Tensor], values: Tensor) -> Tensor:
-    """The outputs (…, 2, n) for features (…, F, n) of which the last is 1."""
-    first, *others = layers
-    values = first @ values
-    for matrix in others:
-        values = matrix @ values.relu_()
+def _network(layers: Sequence[tuple[Tensor, Tensor]], values: Tensor) -> Tensor:
+    """The outputs (…, 2, n) for features (…, F, n), of matrices (…, outputs, inputs) and biases (…, outputs, 1)."""
+    (matrix, bias), *others = layers
+    values = affine(matrix, bias, values)
+    for matrix, bias in others:
+        values = affine(matrix, bias, values.relu_())
     return values
-
-
-def _with_bias(weight: Tensor, bias: Tensor) -> Tensor:
-    """A layer's matrix (…, outputs, inputs + 1)."""
-    leading = torch.broadcast_shapes(weight.shape[:-2], bias.shape[:-1])
-    own, column = weight.mT, bias.unsqueeze(-1)
-    return torch.cat([own.expand(*leading, *own.shape[-2:]), column.expand(*leading, *column.shape[-2:])], -1)
-
-
-def _passing_one(matrix: Tensor) -> Tensor:
-    """The matrix with one more output, which is its last input."""
-    row = torch.zeros_like(matrix[..., :1, :])
-    return torch.cat([matrix, torch.cat([row[..., :-1], row[..., -1:] + 1], -1)], -2)
 
 
 class MLPRule(CoordinateMLP):
