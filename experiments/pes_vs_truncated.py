@@ -92,16 +92,17 @@ SHOWN = [
 SHOWN += ["difference_high", "p_holm", "final_share_1x", "share_3x", "final_share_3x"]
 
 
-def optimizee(scale: Scale) -> Optimizee:
-    """The task, with all derivatives that backpropagation can have; evolution strategies ask for none."""
-    return digits_task(SmallMLP(), horizon=scale.horizon, second_derivatives=True)
+def optimizee(scale: Scale, *, second_derivatives: bool = False) -> Optimizee:
+    """The task; only backpropagation has a use for second derivatives."""
+    """The task; only backpropagation has a use for second derivatives."""
+    return digits_task(SmallMLP(), horizon=scale.horizon, second_derivatives=second_derivatives)
 
 
-def differentiated(method: str, problem: Optimizee, scale: Scale) -> tuple[InnerProblem, Estimator]:
+def differentiated(method: str, scale: Scale) -> tuple[InnerProblem, Estimator]:
     """What a method differentiates, and how: always twice as many runs as there are pairs."""
     if method == BACKPROPAGATION:
-        return Tasks(problem, 2 * scale.pairs), Unrolled("graph", warm_start=True)
-    return problem, EVOLUTION[method](scale.pairs)
+        return Tasks(optimizee(scale, second_derivatives=True), 2 * scale.pairs), Unrolled("graph", warm_start=True)
+    return optimizee(scale), EVOLUTION[method](scale.pairs)
 
 
 # -- a trial -----------------------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ def differentiated(method: str, problem: Optimizee, scale: Scale) -> tuple[Inner
 def learned(method: str, window: int, seed: int, scale: Scale, out: Path) -> dict[str, Any]:
     """A meta-training: losses on new runs on the way, and at the end over every multiple of the horizon."""
     problem, steps = optimizee(scale), scale.inner_steps // window
-    whole, estimator = differentiated(method, problem, scale)
+    whole, estimator = differentiated(method, scale)
     every, found = max(1, steps // scale.measurements), list[tuple[int, float, Params]]()
 
     def watch(step: int, seconds: float, meta: Params) -> None:
