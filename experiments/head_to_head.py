@@ -10,7 +10,8 @@ others to be right about. Each method has the 32 and answers for the others:
 - learned optimizer: 20 steps of a ``SmallMLP`` on cross-entropy;
 - learned loss and optimizer: 20 steps of a ``SmallMLP`` on the gradient of such a loss, both learned together from nothing;
 - MAML: 20 steps of gradient descent on cross-entropy from a learned start, with a learned rate;
-- Adam, on cross-entropy: 20 steps from torch's initial weights, at the best of 13 rates on 64 validation tasks; and with 200.
+- Adam, on cross-entropy: 20 steps from torch's initial weights, at the best of 13 rates on 64 validation tasks, with a constant
+  rate and with one that falls along a cosine; and each with 200 steps.
 
 All but the last are meta-trained for the same CPU seconds on tasks of digits 0 to 4, by Adam: the learner on the labels of
 whole sequences, the others on the cross-entropy of 16 further examples after the 20 steps, differentiated through all of
@@ -63,7 +64,7 @@ from metalearn.models.vision import MLP
 from metalearn.optim.first_order import SGD, Adam
 from metalearn.optim.learned import LearnedRule
 from metalearn.optim.small_mlp import SmallMLP
-from metalearn.problems.baselines import RATES
+from metalearn.problems.baselines import HAND_MADE, Baseline, decayed
 from metalearn.random import fold, integers, key
 from metalearn.tasks.images import ProjectedImages
 from metalearn.tasks.sources import ImageSource
@@ -71,7 +72,7 @@ from metalearn.unroll import Descent, Tasks, unroll
 
 START, LOSS, RULE, RATE = "start/", "loss/", "rule/", "log_lr"  # parts of the meta-parameters
 SEEN, UNSEEN = "unseen_held_out", "unseen_classes"  # streams: new tasks of the same digits, and of others
-CONTEXT, ADAM, LONG_ADAM = "in-context learner", "Adam", "Adam, 10 x the steps"
+CONTEXT, ADAM = "in-context learner", "Adam"
 NUM_FEATURES, HIDDEN = 16, (32,)
 OUTER_RATES = {
     CONTEXT: 2e-3,
@@ -79,6 +80,11 @@ OUTER_RATES = {
     "learned optimizer": 3e-3,
     "learned loss and optimizer": 3e-3,
     "MAML": 3e-3,
+}
+RIVALS = {
+    f"{name}{longer}": (baseline, factor)
+    for longer, factor in (("", 1), (", 10 x the steps", 10))
+    for name, baseline in ((ADAM, HAND_MADE[ADAM]), (f"{ADAM}, cosine", decayed(HAND_MADE[ADAM])))
 }
 SHOWN = [
     "stream",
@@ -243,16 +249,16 @@ def in_context(tasks: ProjectedImages, seed: int, scale: Scale, lr: float) -> tu
     return answer, {"meta_steps": step, "seconds": time.process_time() - began}
 
 
-def tuned_adam(tasks: ProjectedImages, scale: Scale) -> tuple[Answer, Spent]:
-    """Adam on cross-entropy at the rate with the smallest cross-entropy on validation tasks."""
-    began, problem = time.process_time(), ShortRun(tasks, Adam(), scale)
+def tuned_rival(tasks: ProjectedImages, scale: Scale, baseline: Baseline) -> tuple[Answer, Spent]:
+    """A hand-made optimizer on cross-entropy at the rate with the smallest cross-entropy on validation tasks."""
+    began, problem = time.process_time(), ShortRun(tasks, baseline.rule(scale.steps), scale)
     length = scale.support + scale.test_queries
     chosen = tasks.batch(0, 0, scale.validation_tasks, length, MetaValidation(SEEN))
-    metas = [{RATE: torch.tensor(lr).log()} for lr in RATES]
+    metas = [{RATE: torch.tensor(lr).log()} for lr in baseline.rates]
     losses = [float(scores(trained(problem, meta, chosen), chosen)["loss"].mean()) for meta in metas]
     best = min(range(len(metas)), key=losses.__getitem__)
     seconds = time.process_time() - began
-    return lambda batch: trained(problem, metas[best], batch), {"lr": RATES[best], "seconds": seconds}
+    return lambda batch: trained(problem, metas[best], batch), {"lr": baseline.rates[best], "seconds": seconds}
 
 
 def methods(tasks: ProjectedImages, seed: int, scale: Scale) -> Iterator[tuple[str, Answer, Spent]]:
@@ -260,8 +266,8 @@ def methods(tasks: ProjectedImages, seed: int, scale: Scale) -> Iterator[tuple[s
     yield CONTEXT, *in_context(tasks, seed, scale, OUTER_RATES[CONTEXT])
     for name, problem in problems(tasks, scale).items():
         yield name, *through_runs(problem, seed, scale, OUTER_RATES[name])
-    yield ADAM, *tuned_adam(tasks, scale)
-    yield LONG_ADAM, *tuned_adam(tasks, scale._replace(steps=10 * scale.steps))
+    for name, (baseline, factor) in RIVALS.items():
+        yield name, *tuned_rival(tasks, scale._replace(steps=factor * scale.steps), baseline)
 
 
 def scores(logits_BQK: Tensor, batch: Batch) -> dict[str, Tensor]:

@@ -124,6 +124,7 @@ class AtBest(NamedTuple):
 
     lr: float
     losses: Tensor  # (R, T)
+    score: float  # the mean loss by which the rate was chosen
 
 
 def at_best_rate(
@@ -131,8 +132,9 @@ def at_best_rate(
 ) -> AtBest:
     """Runs on a part at the rate with the smallest mean loss over all steps of the runs ``tuning`` on training examples."""
     rule = baseline.rule(steps)
-    lr = tuned(problem.on("train"), rule, tuning, steps, baseline.rates).lr
-    return AtBest(lr, curves(problem.on(part), rule, {"lr": torch.tensor(lr)}, judging, steps))
+    best = tuned(problem.on("train"), rule, tuning, steps, baseline.rates)
+    losses = curves(problem.on(part), rule, {"lr": torch.tensor(best.lr)}, judging, steps)
+    return AtBest(best.lr, losses, best.grid[best.lr])
 
 
 def final(losses_RT: Tensor) -> Tensor:

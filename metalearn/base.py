@@ -243,6 +243,7 @@ class InnerProblem(ABC):
     rule: Rule | None = None  # where a step is this rule applied to the gradient of ``inner_loss``
     terminal: bool = True  # whether ``outer`` is the whole meta-objective, every step's loss being 0
     differentiable: bool = True  # whether ``step`` may be differentiated; else zeroth-order estimators only
+    equal_lengths: bool = True  # whether all episodes have as many steps
     global_generator: bool = False  # whether ``step`` draws from torch's global generator, as dropout does
     rank: int = 0  # of a distributed run, which divides outer examples (or tasks) among its ranks
     world: int = 1

@@ -207,10 +207,18 @@ class Tasks(InnerProblem):
     Args:
         problem: the problem of one task, whose ``batches`` draws a task from its key.
         num_tasks: tasks of a window over all ranks, at least 1 and a multiple of the ranks.
+
+    Raises:
+        ValueError: for a value out of range, and for a problem whose episodes are of unequal lengths.
     """
 
     def __init__(self, problem: InnerProblem, num_tasks: int):
         require_range("num_tasks", num_tasks, 1)
+        if not problem.equal_lengths:
+            raise ValueError(
+                f"{type(problem).__name__} draws the length of each episode anew; accepted by Tasks, whose runs end together: "
+                "one length for all (shortest: null)"
+            )
         self.problem, self.num_tasks = problem, num_tasks
         self.terminal, self.differentiable = problem.terminal, problem.differentiable
         self.rule = TaskBatch(problem.rule) if problem.rule is not None else None

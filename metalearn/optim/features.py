@@ -35,8 +35,14 @@ def time_features(step: Tensor, scales: Sequence[float], dtype: torch.dtype) -> 
     return (step.to(dtype).unsqueeze(-1) / _constants(tuple(scales), dtype, step.device)).sub(1).tanh()
 
 
-@functools.lru_cache(maxsize=64)
 def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling():  # which has its own way with constants, and warns of caches
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _kept_constants(values, dtype, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A vector that is made once: a GPU waits for one that is copied to it."""
     return torch.tensor(values, dtype=dtype, device=device)
 

@@ -54,6 +54,8 @@ class LossGuard(Guarded):
     counters = ("inside", "kept", "steps", "evaluated", "losses", "periods", "periods_learned")
 
     def __init__(self, learned: Optimizer, guard: Optimizer, period: int = 10, margin: float = 0.0):
+        if not isinstance(period, int):
+            raise ValueError(f"period is {period!r}; accepted: a whole number, at least 1")
         require_range("period", period, 1)
         require_range("margin", margin, 0.0)
         self.period, self.margin = period, margin

@@ -31,9 +31,13 @@ class Guarded(Optimizer):
     counters: ClassVar[tuple[str, ...]]  # names of attributes that are numbers, texts or dictionaries of these
 
     def __init__(self, learned: Optimizer, guard: Optimizer):
-        for optimizer in (learned, guard):
+        for name, optimizer in (("learned", learned), ("guard", guard)):
+            if not isinstance(optimizer, Optimizer):
+                raise ValueError(f"{name} is {optimizer!r}; accepted: a torch.optim.Optimizer")
             if isinstance(optimizer, torch.optim.LBFGS):
                 raise ValueError("an optimizer is LBFGS; accepted: those that need one gradient a step")
+        if learned is guard:
+            raise ValueError("learned and guard are the same object; accepted: two optimizers over the same tensors")
         if {id(p) for p in params_of(learned)} != {id(p) for p in params_of(guard)}:
             raise ValueError("learned and guard have other parameters; accepted: two optimizers over the same tensors")
         self.learned, self.guard = learned, guard
@@ -57,7 +61,7 @@ class Guarded(Optimizer):
         """One step.
 
         Args:
-            closure: Zeroes gradients, computes new ones, and returns the loss.
+            closure: Computes the gradients, and returns the loss.
 
         Returns:
             What ``closure`` returned at the point that the parameters had.
@@ -77,11 +81,13 @@ class Guarded(Optimizer):
         return loss
 
     def _evaluation(self, closure: Closure | None) -> Closure:
-        """The closure, which turns gradients on for itself and must return a loss."""
+        """The closure, which begins without gradients, turns them on for itself and must return a loss."""
         if closure is None:
             raise ValueError("closure is None; accepted: a function that computes the gradients and returns the loss")
 
         def evaluate() -> Any:
+            for p in params_of(self.learned):  # one that does not zero them would add to those of the other point
+                p.grad = None
             with torch.enable_grad():
                 loss = closure()
             if loss is None:
@@ -119,7 +125,10 @@ class Guarded(Optimizer):
 
     def _grads(self) -> Grads:
         # Copies: the next closure may zero these tensors, or write into them, as buckets of DistributedDataParallel do.
-        return [None if p.grad is None else p.grad.clone() for p in params_of(self.learned)]
+        params = params_of(self.learned)
+        if any(p.grad is not None and p.grad.layout != torch.strided for p in params):
+            raise ValueError("a gradient is sparse; accepted: dense gradients (sparse=False in an Embedding)")
+        return [None if p.grad is None else p.grad.clone() for p in params]
 
     def _set_grads(self, grads: Grads) -> None:
         # Before every step, since some optimizers write into gradients, as torch's SGD with nesterov does on a GPU.

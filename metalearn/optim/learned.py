@@ -35,7 +35,8 @@ class LearnedRule(Rule):
     def weights(self) -> Params:
         """What ``{}`` stands for."""
         if self._weights is None:
-            self._weights = self.init_meta(random.key(0, "weights"))
+            with torch.inference_mode(False):  # they may be differentiated later
+                self._weights = self.init_meta(random.key(0, "weights"))
         return self._weights
 
     @weights.setter
@@ -93,7 +94,8 @@ class LearnedRule(Rule):
     ) -> tuple[Params, Tree]:
         given, grads_P = layout.pack(params), _working(layout.pack(grads))
         flat = _working(given)
-        direction_P, state = self.direction(self._like(meta, flat), layout, grads_P, state, flat, loss)
+        with torch.autocast(flat.device.type, enabled=False):
+            direction_P, state = self.direction(self._like(meta, flat), layout, grads_P, state, flat, loss)
         return layout.unpack((flat - direction_P).to(given.dtype)), state
 
     def _like(self, meta: Params, flat: Tensor) -> Params:

@@ -8,7 +8,9 @@ Letters: P parameters of all tensors of a part together.
 
 import functools
 import math
+import types
 from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +63,17 @@ class LearnedOptimizer(Optimizer):
         weight_decay: float = 0.0,
         compile: bool = False,
     ):
+        if not isinstance(rule, str | Path | LearnedRule):
+            raise ValueError(f"rule is {rule!r}; accepted: a file, the name of a rule of the package, or a LearnedRule")
         given = rule if isinstance(rule, LearnedRule) else load_rule(rule)
-        self.rule, self.compile = (
-            with_weights(given, given.weights),
-            compile,
-        )  # whatever becomes of the one that was given
+        self.rule = with_weights(given, given.weights)  # whatever becomes of the one that was given
+        self.compile = compile
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         settings = self.defaults | param_group
         for name in ("lr", "weight_decay"):
-            if not 0 <= settings[name] < math.inf:
+            if not isinstance(settings[name], Real | Tensor) or not 0 <= settings[name] < math.inf:
                 raise ValueError(f"{name} is {settings[name]!r}; accepted: 0 <= {name} < inf")
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
@@ -164,7 +166,8 @@ class LearnedOptimizer(Optimizer):
         if loss is not None:
             loss = loss.to(like.device, _precision(like))
         packed = layout.pack(grads), part["tree"], layout.pack(values)
-        direction_P, part["tree"] = self._direction(self._weights(like), layout, *packed, loss)
+        with torch.autocast(like.device.type, enabled=False):
+            direction_P, part["tree"] = self._direction(layout, like)(self._weights(like), layout, *packed, loss)
         moves = layout.unpack(direction_P)
         first = 0
         for group in self.param_groups:
@@ -173,9 +176,17 @@ class LearnedOptimizer(Optimizer):
             if here:  # torch refuses to work on empty lists
                 _descend([params[place] for place in here], [moves[str(place)] for place in here], group)
 
+    def _direction(self, layout: Layout, like: Tensor) -> Callable[..., tuple[Tensor, Tree]]:
+        if not self.compile:
+            return self.rule.direction
+        kind = layout, like.device, _precision(like)
+        if kind not in self._compiled:
+            self._compiled[kind] = torch.compile(_of_its_own(self.rule.direction), dynamic=False)
+        return self._compiled[kind]
+
     @functools.cached_property
-    def _direction(self) -> Callable[..., tuple[Tensor, Tree]]:
-        return torch.compile(self.rule.direction, dynamic=False) if self.compile else self.rule.direction
+    def _compiled(self) -> dict[Any, Callable[..., tuple[Tensor, Tree]]]:
+        return {}
 
     @functools.cached_property
     def _cast(self) -> dict[Any, Params]:
@@ -242,7 +253,7 @@ class LearnedOptimizer(Optimizer):
         return {**super().__getstate__(), "rule": self.rule, "compile": self.compile}
 
     def _forget(self) -> None:
-        for name in ("_cast", "_direction"):
+        for name in ("_cast", "_compiled"):
             self.__dict__.pop(name, None)
 
 
@@ -257,6 +268,14 @@ def mean_over_processes(values: Tensor) -> Tensor:
         torch.distributed.all_reduce(values)
         return values / torch.distributed.get_world_size()
     return values
+
+
+def _of_its_own(method: types.MethodType) -> types.MethodType:
+    """The method with a code object of its own: what shares one is compiled eight times at most, and then not any more."""
+    function = method.__func__
+    assert isinstance(function, types.FunctionType)
+    parts = function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    return types.MethodType(types.FunctionType(function.__code__.replace(), *parts), method.__self__)
 
 
 def _precision(p: Tensor) -> torch.dtype:

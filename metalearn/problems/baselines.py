@@ -15,7 +15,7 @@ from metalearn import random, tree
 from metalearn.base import Batches, InnerProblem, InnerState, Params, Rule, StepOutput, require_range
 from metalearn.optim.first_order import SGD, Adam, AdamW, RMSProp, Scheduled
 from metalearn.optim.schedules import Cosine
-from metalearn.unroll import differentiable_kernels, unroll
+from metalearn.unroll import differentiable_kernels, seeded, unroll
 
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 SMALLEST_GRID = 8
@@ -82,6 +82,7 @@ def curves(
     """The loss of every step of R runs under ``rule``: float (R, T), NaN or infinite where a run diverged.
 
     A run, its start and its data, is a function of its key alone: two rules on equal keys train on the same batches.
+    Only what modules draw from torch's global generator (dropout) follows from the first key, and from a run's place.
     Episodes do not end; a step's loss is the share of the meta-objective that the problem gives it, times its horizon.
 
     Args:
@@ -103,7 +104,8 @@ def curves(
         each = problem.step_runs
         if problem.global_generator:  # as dropout does, for each run its own numbers
             each = vmap(problem.step, (0, 0, None, 0), randomness="different")
-        state, output = each(meta, state, batches.inner(k), random.fold(keys_R, "step", k))
+        with seeded(problem, random.fold(key, "draws", k)):
+            state, output = each(meta, state, batches.inner(k), random.fold(keys_R, "step", k))
         losses.append(output.loss)
         return state, StepOutput(output.loss.mean(), output.done.all())
 

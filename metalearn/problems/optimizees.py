@@ -92,6 +92,7 @@ class Optimizee(TrainingRun):
         second_derivatives: bool = False,
     ):
         super().__init__(source, model, rule, horizon, init_seed=init_seed)
+        self.equal_lengths = shortest is None
         require_range("batch_size", batch_size, 1)
         require_range("shortest", horizon if shortest is None else shortest, 1, horizon)
         self.nominal_horizon = horizon if nominal_horizon is None else nominal_horizon
@@ -191,7 +192,8 @@ class Optimizee(TrainingRun):
         self, metas_R: Params, states_R: InnerState, batch: Any, keys_R: Tensor
     ) -> tuple[InnerState, StepOutput]:
         """Only the network goes through ``vmap``, whose every operation is dear; rules and draws know of many runs."""
-        if not isinstance(self.rule, LearnedRule) or self.second_derivatives:
+        differentiated = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
+        if differentiated or not isinstance(self.rule, LearnedRule):
             return super().step_runs(metas_R, states_R, batch, keys_R)
         assert self.horizon is not None
         grads, losses_R, buffers = self._gradients(states_R, self._drawn(self.part, keys_R), keys_R)
@@ -241,6 +243,7 @@ class Optimizee(TrainingRun):
     def _loss(self, outputs: Tensor, examples: Examples) -> Tensor:
         if self.target == "class":
             # Under vmap a third of the time of functional.cross_entropy, which is slow over few classes.
+            outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
             chosen_N = outputs.gather(-1, examples.targets.unsqueeze(-1)).squeeze(-1)
             return (outputs.logsumexp(-1) - chosen_N).mean()
         return functional.mse_loss(outputs, examples.inputs)

@@ -230,18 +230,24 @@ def test_schedulers_change_both_rates_and_parameters_are_listed_once():
     assert other.guard.param_groups[0]["lr"] == 7.0
 
 
-def test_closures_may_write_zeros_over_old_gradients():
-    plain, task = guarded(LEARNED["adam"], period=3)
+@pytest.mark.parametrize("kind", [LossGuard, GL2O])
+@pytest.mark.parametrize("zeroed", ["in place", "outside", "never"])
+def test_closures_may_leave_old_gradients_or_write_zeros_over_them(kind, zeroed):
+    options = {"period": 3} if kind is LossGuard else {}
+    plain, task = guarded(LEARNED["adam"], kind=kind, **options)
     expected = run(plain, task, range(STEPS))
-    optimizer, task = guarded(LEARNED["adam"], period=3)
+    optimizer, task = guarded(LEARNED["adam"], kind=kind, **options)
     for step in range(STEPS):
 
         def closure(step=step):
-            optimizer.zero_grad(set_to_none=False)
+            if zeroed == "in place":
+                optimizer.zero_grad(set_to_none=False)
             loss = task.loss(step)
             loss.backward()
             return loss
 
+        if zeroed == "outside":
+            optimizer.zero_grad()
         optimizer.step(closure)
         assert_same(task.point(), expected[step])
 
@@ -253,7 +259,16 @@ def test_what_cannot_be_guarded_is_refused(kind):
         kind(SGD(task.params), SGD(other.params))
     with pytest.raises(ValueError, match="an optimizer is LBFGS; accepted"):
         kind(torch.optim.LBFGS(task.params), SGD(task.params))
+    with pytest.raises(ValueError, match="guard is None; accepted: a torch"):
+        kind(SGD(task.params), None)
+    with pytest.raises(ValueError, match="learned and guard are the same object; accepted"):
+        kind(*[SGD(task.params)] * 2)
     optimizer = kind(SGD(task.params), SGD(task.params))
+    table = nn.Embedding(3, 2, sparse=True)
+    with pytest.raises(ValueError, match="a gradient is sparse; accepted: dense"):
+        kind(SGD(table.parameters()), SGD(table.parameters())).step(
+            lambda: descended(table.weight, table(torch.tensor([1])).sum())
+        )
     with pytest.raises(ValueError, match="closure is None; accepted: a function"):
         optimizer.step()
     with pytest.raises(ValueError, match="closure returns None; accepted: the loss"):
@@ -265,3 +280,6 @@ def test_what_cannot_be_guarded_is_refused(kind):
     for name in ("period", "margin") if kind is LossGuard else ("alpha", "theta"):
         with pytest.raises(ValueError, match=f"{name} is -1; accepted"):
             kind(SGD(task.params), SGD(task.params), **{name: -1})
+    if kind is LossGuard:
+        with pytest.raises(ValueError, match=r"period is 2\.5; accepted: a whole number"):
+            kind(SGD(task.params), SGD(task.params), period=2.5)

@@ -45,15 +45,47 @@ def test_matches_the_functional_rule_bit_for_bit(kind):
     assert_same(tree.leaves(part["tree"]), tree.leaves(state))  # and no more than the rule's own
 
 
-def test_compiles_without_a_break(monkeypatch):
+@pytest.mark.parametrize("kind", [LearnableAdam, SmallMLP, FactoredMLP], ids=lambda kind: kind.__name__)
+def test_compiles_without_a_break(monkeypatch, kind):
     (params, loss), (others, other_loss) = problem(), problem()
-    rule, traced = lively(LearnableAdam), functools.partial(torch.compile, backend="eager", fullgraph=True)
+    rule, traced = lively(kind), functools.partial(torch.compile, backend="eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", traced)
     descend(LearnedOptimizer(params, rule), loss, 3)
     compiled = LearnedOptimizer(others, rule, compile=True)
     descend(compiled, other_loss, 3)
-    assert_same(params, others)
+    assert_same(params, others, 1e-6)
     assert pickle.loads(pickle.dumps(compiled)).compile
+
+
+def test_however_many_optimizers_are_compiled_each_once(monkeypatch):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    for size in range(2, 14):  # torch compiles one function eight times at most
+        p = nn.Parameter(torch.ones(size))
+        optimizer = LearnedOptimizer([p], lively(LearnableAdam), compile=True)
+        for _ in range(2):
+            p.grad = torch.ones(size)
+            optimizer.step()
+        assert len(graphs) == size - 1
+
+
+@pytest.mark.parametrize("kind", [SmallMLP, FactoredMLP, STAR], ids=lambda kind: kind.__name__)
+def test_autocast_changes_nothing(kind):
+    (params, loss), (others, other_loss) = problem(), problem()
+    rule = lively(kind)
+    descend(LearnedOptimizer(params, rule), loss, 3)
+    optimizer = LearnedOptimizer(others, rule)
+    for _ in range(3):
+        optimizer.zero_grad()
+        other_loss().backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            optimizer.step()
+    assert_same(params, others)
 
 
 @pytest.mark.slow
@@ -192,10 +224,16 @@ def test_sparse_gradients_are_refused():
         optimizer.step()
 
 
-@pytest.mark.parametrize(("name", "value"), [("lr", -1.0), ("weight_decay", -0.1), ("lr", float("nan"))])
+@pytest.mark.parametrize(("name", "value"), [("lr", -1.0), ("weight_decay", -0.1), ("lr", float("nan")), ("lr", "1")])
 def test_values_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} is .*; accepted: 0 <= {name} < inf"):
         LearnedOptimizer([nn.Parameter(torch.zeros(1))], SmallMLP(), **{name: value})
+
+
+@pytest.mark.parametrize("rule", [3, SmallMLP, nn.Linear(1, 1)])
+def test_what_is_no_rule_is_refused(rule):
+    with pytest.raises(ValueError, match=r"rule is .*; accepted: a file, the name of a rule of the package, or a"):
+        LearnedOptimizer([nn.Parameter(torch.zeros(1))], rule)
 
 
 def test_matches_the_update_in_float32_where_parameters_are_halves():

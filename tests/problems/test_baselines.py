@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from problems.conftest import Clusters, opened
+from problems.conftest import Clusters, WithDropout, opened
 from problems.learned_rules import Scaled, keys
 
 from metalearn.models.vision import MLP
@@ -30,6 +30,14 @@ def test_a_run_is_a_function_of_its_key_whatever_runs_beside_it():
     each = curves(problem, Adam(), rates, keys(5), 10, per_run=True)
     torch.testing.assert_close(each[::2], together[::2], rtol=1e-4, atol=1e-5)
     assert (each[1::2, 2:] != together[1::2, 2:]).all()
+
+
+def test_dropout_is_drawn_from_the_keys():
+    problem = opened(Optimizee(Clusters(), WithDropout, Scaled(), horizon=10, batch_size=8))
+    first, second = (curves(problem, SGD(), {"lr": torch.tensor(0.1)}, keys(3), 5) for _ in range(2))
+    assert torch.equal(first, second)
+    steps = first[:, 1:] - first[:, :-1]
+    assert len(steps.unique()) == steps.numel()
 
 
 def test_the_best_rate_is_that_of_the_smallest_mean_loss():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from problems.conftest import Clusters, opened
 from problems.learned_rules import Scaled, keys
+from torch import nn
 from torch.func import vmap
 from torch.nn import functional
 
@@ -19,12 +20,24 @@ from metalearn.optim.lstm import CoordinateLSTM
 from metalearn.optim.small_mlp import SmallMLP
 from metalearn.problems.baselines import curves
 from metalearn.problems.optimizees import HELD_OUT, Optimizee
+from metalearn.unroll import Tasks
 
 MLP_4 = functools.partial(MLP, hidden=(4,))
 
 
+class WithNorm(nn.Sequential):
+    def __init__(self, num_inputs, num_outputs):
+        super().__init__(nn.Linear(num_inputs, 4), nn.BatchNorm1d(4), nn.Linear(4, num_outputs))
+
+
+class InHalf(MLP):
+    def __init__(self, num_inputs, num_outputs):
+        super().__init__(num_inputs, num_outputs, (4,))
+        self.bfloat16()
+
+
 def optimizee(**options):
-    return opened(Optimizee(Clusters(), MLP_4, Scaled(), **({"horizon": 6, "batch_size": 5} | options)))
+    return opened(Optimizee(Clusters(), MLP_4, **({"rule": Scaled(), "horizon": 6, "batch_size": 5} | options)))
 
 
 def by_torch(problem, key, steps, part):
@@ -87,9 +100,19 @@ def test_lengths_of_episodes_are_log_uniform_and_whole_windows():
     "rule", [SmallMLP(), FactoredMLP(), NNAdam(), CoordinateLSTM()], ids=lambda rule: type(rule).__name__
 )
 @pytest.mark.parametrize("options", [{}, {"objective": "validation", "inner_validation": 0.4}, {"rescale": 3.0}])
+@torch.no_grad()
 def test_steps_of_many_runs_are_those_of_each(rule, options):
+    require_same_steps(opened(Optimizee(Clusters(), MLP_4, rule, horizon=6, batch_size=5, **options)))
+
+
+@pytest.mark.parametrize("model", [WithNorm, InHalf], ids=lambda model: model.__name__)
+@torch.no_grad()
+def test_steps_of_many_runs_know_statistics_and_half_precision(model):
+    require_same_steps(opened(Optimizee(Clusters(), model, SmallMLP(), horizon=6, batch_size=5)))
+
+
+def require_same_steps(problem):
     several = keys(3)
-    problem = opened(Optimizee(Clusters(), MLP_4, rule, horizon=6, batch_size=5, **options))
     weights = [problem.init_meta(key) for key in several]
     metas = tree.map(lambda leaf: leaf + 0.1, tree.stack(weights))
     states = tree.stack([problem.init(tree.index(metas, run), key) for run, key in enumerate(several)])
@@ -100,6 +123,40 @@ def test_steps_of_many_runs_are_those_of_each(rule, options):
         together, found = problem.step_runs(metas, together, None, drawn)
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_steps_of_many_runs_are_differentiated_where_gradients_are_on():
+    problem = optimizee()
+    metas = {"log_rate": torch.tensor([-2.0, -1.0], requires_grad=True)}
+    states = tree.stack([problem.init({"log_rate": torch.tensor(-2.0)}, key) for key in keys(2)])
+    drawn = torch.stack(list(keys(2)))
+    states, _ = problem.step_runs(metas, states, None, drawn)
+    _, output = problem.step_runs(metas, states, None, drawn + 1)
+    (grad,) = torch.autograd.grad(output.loss.sum(), metas["log_rate"])
+    assert grad.all()
+
+
+def test_runs_may_be_stepped_in_inference_mode():
+    problem, meta = optimizee(rule=SmallMLP()), SmallMLP().init_meta(random.key(0))
+    expected = curves(problem, problem.rule, meta, keys(2), 4)
+    with torch.inference_mode():
+        torch.testing.assert_close(curves(problem, problem.rule, meta, keys(2), 4), expected)
+
+
+def test_losses_are_in_float32_under_autocast():
+    problem = optimizee()
+    meta, key = {"log_rate": torch.tensor(-2.0)}, random.key(4)
+    state = problem.init(meta, key)
+    _, plain = problem.step(meta, state, None, key)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, output = problem.step(meta, state, None, key)
+    assert output.loss.dtype == torch.float32
+    torch.testing.assert_close(output.loss, plain.loss, rtol=2e-2, atol=1e-3)
+
+
+def test_tasks_of_unequal_lengths_are_refused():
+    with pytest.raises(ValueError, match="Optimizee draws the length of each episode anew; accepted by Tasks"):
+        Tasks(optimizee(shortest=2), 3)
 
 
 def test_the_validation_objective_is_of_examples_that_no_run_is_trained_on():
