@@ -149,23 +149,27 @@ def test_losses_without_bound_count_as_twenty_and_pairs_are_by_seed():
 def test_dynamic_modes_smoke_has_every_cell_and_equal_outer_steps(tmp_path, capsys, drawn):
     dmd_features.main(["--smoke", "--seeds", "1", "--data", "digits", "--out", str(tmp_path)])
     [trial] = read_trials(tmp_path / "trials.jsonl")
-    names = {dmd_features.PLAIN, dmd_features.MODES, dmd_features.ADAM}
+    names = {dmd_features.PLAIN, dmd_features.MODES, *dmd_features.RIVALS}
     found = {(row["network"], row["optimizer"]) for row in trial["rows"]}
     assert found == {(network, name) for network in dmd_features.NETWORKS for name in names}
     assert {cost["steps"] for cost in trial["costs"].values()} == {dmd_features.SMOKE.steps}
     assert {"final_loss.csv", "mean_loss.tex", "LSTM_with_modes_0.safetensors"} <= written(tmp_path)
     assert "LSTM with modes" in capsys.readouterr().out
-    assert drawn[0].groupby(["problem", "optimizer"]).ngroups == 9
+    assert drawn[0].groupby(["problem", "optimizer"]).ngroups == 12
 
 
 # -- head to head ------------------------------------------------------------------------------------------------------
 
 
 def test_head_to_head_smoke_asks_every_method_about_the_same_tasks(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(head_to_head, "RATES", head_to_head.RATES[::3])
+    coarse = {
+        name: (rival._replace(rates=rival.rates[::3]), factor) for name, (rival, factor) in head_to_head.RIVALS.items()
+    }
+    monkeypatch.setattr(head_to_head, "RIVALS", coarse)
     head_to_head.main(["--smoke", "--seeds", "1", "--out", str(tmp_path)])
     [trial] = read_trials(tmp_path / "trials.jsonl")
-    names = {*head_to_head.OUTER_RATES, head_to_head.ADAM, head_to_head.LONG_ADAM}
+    names = {*head_to_head.OUTER_RATES, *coarse}
+    assert {"Adam", "Adam, cosine", "Adam, 10 x the steps", "Adam, cosine, 10 x the steps"} == set(coarse)
     found = {(row["method"], row["stream"]) for row in trial["rows"]}
     assert found == {(name, stream) for name in names for stream in (head_to_head.SEEN, head_to_head.UNSEEN)}
     assert {len(row["accuracy"]) for row in trial["rows"]} == {head_to_head.SMOKE.test_tasks}
