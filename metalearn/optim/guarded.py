@@ -24,7 +24,8 @@ class Guarded(Optimizer):
     change the rates of both, and clipping meets each gradient once.
 
     What a closure changes besides gradients, such as running statistics of batch norm, sees both points. Gradients that are
-    added up over several batches before a step would mix the points, and are refused. Optimizers that keep more than gradients
+    added up over several batches before a step would mix the points, and are refused. ``GradScaler`` passes no closure on, so
+    that float16 cannot be guarded. Optimizers that keep more than gradients
     need at a step outside their ``state`` and their groups cannot be guarded.
     """
 
