@@ -5,7 +5,7 @@
 Two LSTMs (two layers of 20, both inputs of L2L's paper, output times 0.01), one of which is also given the three strongest
 dynamic modes of its last eight parameters, are meta-trained on one network of 32 ReLU units on digits: by truncated
 backpropagation through windows of 20 of 100 steps, 4 runs at a time, Adam at 0.001 with clipped gradients, which is not
-tuned, for equally many outer steps. Their CPU seconds stand in trials.jsonl: modes make a step twice as dear.
+tuned, for equally many outer steps. Their CPU seconds stand in trials.jsonl: modes make a step a quarter dearer.
 
 Judged are new runs of 100 steps on test images, on three networks (the one above; two layers of 32 tanh units; LeNet) and two
 data sets: the final loss (mean over the last tenth of a run, and over 32 runs) and the mean loss over all steps. A loss above
@@ -13,8 +13,8 @@ data sets: the final loss (mean over the last tenth of a run, and over 32 runs) 
 cosine, by the ends of 16 runs on training images of the same network. Differences are from the LSTM without modes, below 0
 where modes help, paired by seed, with a bootstrap interval; seeds vary everything but the division of the images.
 
-Other data than digits are read from $METALEARN_DATA, in 8 x 8 pixels. A seed takes about 20 CPU minutes, of which the LSTM
-with modes has more than half. Each trial is kept when it is done, and the same command goes on with what is missing.
+Other data than digits are read from $METALEARN_DATA, in 8 x 8 pixels. A seed takes about 23 CPU minutes, five of
+them for judging. Each trial is kept when it is done, and the same command goes on with what is missing.
 
 Source: Šimánek, Vašata and Kordík 2022, "Learning to Optimize with Dynamic Mode Decomposition", for the claim that the
 features carry over to other networks and data. Differs from the paper: see ``metalearn.optim.dynamic_mode``.
