@@ -102,16 +102,16 @@ def test_lengths_of_episodes_are_log_uniform_and_whole_windows():
 @pytest.mark.parametrize("options", [{}, {"objective": "validation", "inner_validation": 0.4}, {"rescale": 3.0}])
 @torch.no_grad()
 def test_steps_of_many_runs_are_those_of_each(rule, options):
-    require_same_steps(opened(Optimizee(Clusters(), MLP_4, rule, horizon=6, batch_size=5, **options)))
+    assert_same_steps(opened(Optimizee(Clusters(), MLP_4, rule, horizon=6, batch_size=5, **options)))
 
 
 @pytest.mark.parametrize("model", [WithNorm, InHalf], ids=lambda model: model.__name__)
 @torch.no_grad()
 def test_steps_of_many_runs_know_statistics_and_half_precision(model):
-    require_same_steps(opened(Optimizee(Clusters(), model, SmallMLP(), horizon=6, batch_size=5)))
+    assert_same_steps(opened(Optimizee(Clusters(), model, SmallMLP(), horizon=6, batch_size=5)))
 
 
-def require_same_steps(problem):
+def assert_same_steps(problem):
     several = keys(3)
     weights = [problem.init_meta(key) for key in several]
     metas = tree.map(lambda leaf: leaf + 0.1, tree.stack(weights))
