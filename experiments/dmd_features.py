@@ -31,6 +31,7 @@ from torch import nn
 
 from experiments.l2l_mlp import CAP, mean_curve, measures, paired_table
 from experiments.meta_trained import (
+    ADAMS,
     Budget,
     command,
     digits,
@@ -50,13 +51,12 @@ from metalearn.optim.dynamic_mode import DynamicModeLSTM
 from metalearn.optim.learned import LearnedRule
 from metalearn.optim.lstm import CoordinateLSTM
 from metalearn.optim.saving import save_rule
-from metalearn.problems.baselines import HAND_MADE, curves, decayed, tuned
+from metalearn.problems.baselines import curves, tuned
 from metalearn.problems.optimizees import Optimizee
 from metalearn.tasks.sources import ImageSource
 from metalearn.unroll import Tasks
 
 PLAIN, MODES = "LSTM", "LSTM with modes"
-RIVALS = {"Adam": HAND_MADE["Adam"], "Adam, cosine": decayed(HAND_MADE["Adam"])}
 RULES: dict[str, Callable[[], LearnedRule]] = {
     PLAIN: partial(CoordinateLSTM, (20, 20), "paper", 0.01),
     MODES: partial(DynamicModeLSTM, (20, 20), "paper", 0.01),
@@ -115,7 +115,7 @@ def judge(given: dict[str, tuple[Rule, Params]], data: Sequence[str], seed: int,
             problem = Optimizee(source, model, CoordinateLSTM(), scale.horizon)
             problem.open(test=True)
             optimizers = dict(given)
-            for rival, baseline in RIVALS.items():
+            for rival, baseline in ADAMS.items():
                 tuning = problem.on("train"), baseline.rule(scale.horizon), tuning_R, scale.horizon
                 best = tuned(*tuning, tail=max(1, scale.horizon // 10))
                 optimizers[rival] = best.rule, {"lr": torch.tensor(best.lr)}

@@ -41,7 +41,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from experiments.gpicl_table import split
-from experiments.meta_trained import Budget, command, meta_train, parsed
+from experiments.meta_trained import ADAMS, Budget, command, meta_train, parsed
 from metalearn import tree
 from metalearn.analysis.compare import format_table, paired_comparison, write_table
 from metalearn.analysis.trials import keep_trial, read_trials, trial_frame
@@ -64,7 +64,7 @@ from metalearn.models.vision import MLP
 from metalearn.optim.first_order import SGD, Adam
 from metalearn.optim.learned import LearnedRule
 from metalearn.optim.small_mlp import SmallMLP
-from metalearn.problems.baselines import HAND_MADE, Baseline, decayed
+from metalearn.problems.baselines import Baseline
 from metalearn.random import fold, integers, key
 from metalearn.tasks.images import ProjectedImages
 from metalearn.tasks.sources import ImageSource
@@ -84,7 +84,7 @@ OUTER_RATES = {
 RIVALS = {
     f"{name}{longer}": (baseline, factor)
     for longer, factor in (("", 1), (", 10 x the steps", 10))
-    for name, baseline in ((ADAM, HAND_MADE[ADAM]), (f"{ADAM}, cosine", decayed(HAND_MADE[ADAM])))
+    for name, baseline in ADAMS.items()
 }
 SHOWN = [
     "stream",

@@ -21,7 +21,7 @@ from metalearn.estimators.evolution import NoiseReuseES
 from metalearn.models.vision import MLP
 from metalearn.optim.learned import LearnedRule
 from metalearn.optim.saving import load_rule, save_rule
-from metalearn.problems.baselines import Baseline, curves, tuned
+from metalearn.problems.baselines import HAND_MADE, Baseline, curves, decayed, tuned
 from metalearn.problems.optimizees import Optimizee
 from metalearn.random import fold, key
 from metalearn.tasks.sources import ImageSource
@@ -125,6 +125,9 @@ class AtBest(NamedTuple):
     lr: float
     losses: Tensor  # (R, T)
     score: float  # the mean loss by which the rate was chosen
+
+
+ADAMS = {"Adam": HAND_MADE["Adam"], "Adam, cosine": decayed(HAND_MADE["Adam"])}  # the usual rivals
 
 
 def at_best_rate(

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from experiments.meta_trained import (
+    ADAMS,
     Budget,
     at_best_rate,
     command,
@@ -50,7 +51,7 @@ from metalearn.estimators.evolution import GeneralizedPersistentES, NoiseReuseES
 from metalearn.estimators.unrolled import Unrolled
 from metalearn.optim.saving import save_rule
 from metalearn.optim.small_mlp import SmallMLP
-from metalearn.problems.baselines import HAND_MADE, curves, decayed
+from metalearn.problems.baselines import curves
 from metalearn.problems.optimizees import Optimizee
 from metalearn.unroll import Tasks
 
@@ -77,7 +78,6 @@ EVOLUTION: dict[str, Callable[[int], Estimator]] = {
     "truncated ES": lambda pairs: TruncatedES(pairs, **SETTINGS),
 }
 METHODS = (*EVOLUTION, BACKPROPAGATION)
-RIVALS = HAND_MADE[ADAM], decayed(HAND_MADE[ADAM])
 SHOWN = [
     "window",
     "method",
@@ -139,7 +139,7 @@ def tuned_adam(seed: int, scale: Scale) -> dict[str, Any]:
     problem, found = optimizee(scale), {}
     tuning, judging = runs(seed, "tuning", scale.tuning_runs), runs(seed, "test", scale.runs)
     for multiple in MULTIPLES:
-        each = [at_best_rate(problem, rival, tuning, judging, multiple * scale.horizon) for rival in RIVALS]
+        each = [at_best_rate(problem, rival, tuning, judging, multiple * scale.horizon) for rival in ADAMS.values()]
         best = min(each, key=lambda one: one.score)
         found[f"{multiple}x"] = {"lr": best.lr, "cosine": best is each[1], **measured(best.losses)}
     return found

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from experiments.meta_trained import (
+    ADAMS,
     Budget,
     at_best_rate,
     command,
@@ -58,7 +59,7 @@ from metalearn.optim.factored_mlp import FactoredMLP
 from metalearn.optim.learned import LearnedRule
 from metalearn.optim.saving import save_rule
 from metalearn.optim.star import STAR
-from metalearn.problems.baselines import HAND_MADE, Baseline, curves, decayed
+from metalearn.problems.baselines import Baseline, curves
 from metalearn.problems.comparison import mean_loss
 from metalearn.problems.optimizees import Optimizee
 
@@ -79,10 +80,7 @@ RULES = {
 }
 RATES = (1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2)
 ADAM = "Adam"
-RIVALS = {
-    ADAM: HAND_MADE["Adam"]._replace(rates=RATES),
-    "Adam, cosine": decayed(HAND_MADE["Adam"])._replace(rates=RATES),
-}
+RIVALS = {name: rival._replace(rates=RATES) for name, rival in ADAMS.items()}
 HOME = "its own"
 UNLIKE = ("deeper and wider", "LeNet", "autoencoder", "rescaled")
 POINTS = 100  # of a curve that is kept

@@ -6,6 +6,7 @@ twice, at two points, with the same draws. The state of either optimizer has see
 
 import contextlib
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class LossGuard(Guarded):
     counters = ("inside", "kept", "steps", "evaluated", "losses", "periods", "periods_learned")
 
     def __init__(self, learned: Optimizer, guard: Optimizer, period: int = 10, margin: float = 0.0):
-        if not isinstance(period, int):
+        if not isinstance(period, Integral):
             raise ValueError(f"period is {period!r}; accepted: a whole number, at least 1")
         require_range("period", period, 1)
         require_range("margin", margin, 0.0)

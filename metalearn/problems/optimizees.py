@@ -191,9 +191,12 @@ class Optimizee(TrainingRun):
     def step_runs(
         self, metas_R: Params, states_R: InnerState, batch: Any, keys_R: Tensor
     ) -> tuple[InnerState, StepOutput]:
-        """Only the network goes through ``vmap``, whose every operation is dear; rules and draws know of many runs."""
-        differentiated = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
-        if differentiated or not isinstance(self.rule, LearnedRule):
+        """Only the network goes through ``vmap``, whose every operation is dear; rules and draws know of many runs.
+
+        The whole step does where it may be differentiated, and in inference mode, which has no other gradient.
+        """
+        whole = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
+        if whole or not isinstance(self.rule, LearnedRule):
             return super().step_runs(metas_R, states_R, batch, keys_R)
         assert self.horizon is not None
         grads, losses_R, buffers = self._gradients(states_R, self._drawn(self.part, keys_R), keys_R)

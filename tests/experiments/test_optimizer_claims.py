@@ -149,7 +149,7 @@ def test_losses_without_bound_count_as_twenty_and_pairs_are_by_seed():
 def test_dynamic_modes_smoke_has_every_cell_and_equal_outer_steps(tmp_path, capsys, drawn):
     dmd_features.main(["--smoke", "--seeds", "1", "--data", "digits", "--out", str(tmp_path)])
     [trial] = read_trials(tmp_path / "trials.jsonl")
-    names = {dmd_features.PLAIN, dmd_features.MODES, *dmd_features.RIVALS}
+    names = {dmd_features.PLAIN, dmd_features.MODES, *dmd_features.ADAMS}
     found = {(row["network"], row["optimizer"]) for row in trial["rows"]}
     assert found == {(network, name) for network in dmd_features.NETWORKS for name in names}
     assert {cost["steps"] for cost in trial["costs"].values()} == {dmd_features.SMOKE.steps}
