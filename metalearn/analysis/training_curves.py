@@ -91,7 +91,8 @@ def plot_training_runs(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         shown = [named] if len(problems) > 1 else []
         own.set_title(", ".join([*shown, horizon] if len(horizons) > 1 or not shown else shown))
     lines, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(lines, names, loc="outside upper center", ncols=2 * len(horizons), frameon=False)  # runs fill a panel
+    columns = int(figure.get_figwidth() // (0.8 + 0.08 * max(map(len, names))))  # inches of a line and of a letter
+    figure.legend(lines, names, loc="outside upper center", ncols=max(1, columns), frameon=False)  # runs fill a panel
     return figure.axes[0]
 
 

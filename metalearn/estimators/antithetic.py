@@ -206,11 +206,14 @@ class Evolution(Estimator):
         runs = len(self.signs)
         metas, states, keys = tree.map(lambda leaf: leaf.flatten(0, 1), (metas_NS, states_NS, keys_NS))
         count = len(states.step)
-        if self.vectorised:
-            size = count if self.chunk is None else self.chunk * runs
-            rows = [tree.index((metas, states, keys), slice(first, first + size)) for first in range(0, count, size)]
+        size = count if self.chunk is None else self.chunk * runs
+        if self.vectorised and size >= count:
+            found = several(metas, states, batch, *keys)
+        elif self.vectorised:
+            places = [slice(first, first + size) for first in range(0, count, size)]
+            rows = [tree.index((metas, states, keys), place) for place in places]
             parts = [several(meta, state, batch, *key) for meta, state, key in rows]
-            found = parts[0] if len(parts) == 1 else tree.map(lambda *same: torch.cat(same), *parts)
+            found = tree.map(lambda *same: torch.cat(same), *parts)
         else:
             rows = [tree.index((metas, states, keys), row) for row in range(count)]
             found = tree.stack([one(meta, state, batch, *key) for meta, state, key in rows])
