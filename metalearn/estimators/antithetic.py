@@ -1,4 +1,8 @@
-"""Antithetic pairs of inner runs, stepped window by window: what all evolution strategies share."""
+"""Antithetic pairs of inner runs, stepped window by window: what all evolution strategies share.
+
+Shape letters: N pairs, S runs of each (``signs``), M = N S runs, those of a pair side by side; n pairs of the N and their m
+runs; P entries of the meta-parameters; K steps of the window.
+"""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -23,7 +27,7 @@ NOTHING_TO_STAGGER = "stagger spreads pairs over the horizon, which it lacks"
 class Pairs(NamedTuple):
     """What a rank carries of its antithetic pairs from window to window: every leaf has the pair first."""
 
-    inner: InnerState  # (N, runs, …)
+    inner: InnerState  # (N, S, …); within a window (M, …)
     direction_NP: Tensor  # epsilon
     credit_NP: Tensor  # xi
     age_N: Tensor  # int64, steps since the start of the episode
@@ -124,9 +128,13 @@ class Evolution(Estimator):
     def _estimate(self, window: Given, pairs: Pairs) -> MetaGradient:
         grad_NP, finished_N = torch.zeros_like(pairs.credit_NP), torch.zeros_like(pairs.ended_N)
         delta_N = loss_N = torch.zeros_like(grad_NP[:, 0])
+        metas_M, taken_NP = {}, None
+        pairs = pairs._replace(inner=tree.map(lambda leaf: leaf.flatten(0, 1), pairs.inner))
         for k in range(window.batches.steps):
             pairs = self._renewed(window, pairs, k)
-            pairs, losses_NS = self._stepped(window, pairs, k)
+            if pairs.direction_NP is not taken_NP:
+                metas_M, taken_NP = self._perturbed(window, pairs.direction_NP), pairs.direction_NP
+            pairs, losses_NS = self._stepped(window, pairs, metas_M, k)
             difference_N = losses_NS[:, 0] - losses_NS[:, 1]
             grad_NP = grad_NP + difference_N[:, None] * pairs.credit_NP
             delta_N, loss_N = delta_N + difference_N, loss_N + losses_NS[:, :2].mean(1)
@@ -139,7 +147,8 @@ class Evolution(Estimator):
             "nonfinite_pairs": (~finite_N).sum(),
             "age": pairs.age_N.to(grad_P.dtype).mean(),
         }
-        pairs = pairs._replace(ended_N=pairs.ended_N | ~finite_N)
+        inner = tree.map(self._by_pair, pairs.inner)
+        pairs = pairs._replace(inner=inner, ended_N=pairs.ended_N | ~finite_N)
         state = {"pairs": self.carried(pairs), "shared": {}}
         return MetaGradient(window.place(grad_P), _mean_of(loss_N, finite_N), state, diagnostics)
 
@@ -164,60 +173,56 @@ class Evolution(Estimator):
 
     def _begun(self, window: Given, pairs: Pairs, ended: Tensor, k: int) -> InnerState:
         """The inner states, fresh in the rows ``ended``: run by run, since ``init`` need not be vmappable."""
-        metas_nS = self._perturbed(window, pairs.direction_NP[ended])
-        keys_n = fold(window.key, "episode", k, window.number_N[ended])
-        fresh = [
-            window.problem.init(tree.index(metas_nS, (row, run)), keys_n[row])
-            for row in range(len(ended))
-            for run in range(len(self.signs))
-        ]
-        fresh_nS = tree.map(lambda leaf: leaf.unflatten(0, (len(ended), len(self.signs))), tree.stack(fresh))
-        return tree.map(lambda old, new: old.index_copy(0, ended, new), pairs.inner, fresh_nS)
+        metas_m = self._perturbed(window, pairs.direction_NP[ended])
+        keys_m = fold(window.key, "episode", k, window.number_N[ended]).repeat_interleave(len(self.signs))
+        fresh_m = tree.stack([window.problem.init(tree.index(metas_m, row), key) for row, key in enumerate(keys_m)])
+        runs = self._runs_of(ended)
+        return tree.map(lambda old, new: old.index_copy(0, runs, new), pairs.inner, fresh_m)
 
-    def _stepped(self, window: Given, pairs: Pairs, k: int) -> tuple[Pairs, Tensor]:
-        """The pairs after step k, and its losses (N, runs), NaN where they are not finite."""
+    def _stepped(self, window: Given, pairs: Pairs, metas_M: Params, k: int) -> tuple[Pairs, Tensor]:
+        """The pairs after step k, and its losses (N, S), NaN where they are not finite."""
         problem, batches = window.problem, window.batches
-        metas_NS = self._perturbed(window, pairs.direction_NP)
-        keys_NS = window.step_key_KN[k, :, None].expand(-1, len(self.signs))
-        inner, output = self._each(problem.step, problem.step_runs, metas_NS, pairs.inner, batches.inner(k), keys_NS)
-        done_N, until_cut_N = output.done.any(1), pairs.until_cut_N - 1
-        loss_NS = output.loss.to(torch.promote_types(output.loss.dtype, window.center_P.dtype))
+        keys_M = window.step_key_KN[k].repeat_interleave(len(self.signs))
+        inner, output = self._each(problem.step, problem.step_runs, metas_M, pairs.inner, batches.inner(k), keys_M)
+        done_N, until_cut_N = self._by_pair(output.done).any(1), pairs.until_cut_N - 1
+        loss_NS = self._by_pair(output.loss.to(torch.promote_types(output.loss.dtype, window.center_P.dtype)))
         due_N = done_N
         if problem.horizon is None:
             due_N = torch.ones_like(done_N) if k == batches.steps - 1 else None
         if len(due := _rows(due_N)):
             several = vmap(problem.outer, (0, 0, None), randomness="error")
-            outer_nS = self._each(problem.outer, several, *tree.index((metas_NS, inner), due), batches.outer)
-            loss_NS = loss_NS.index_add(0, due, outer_nS.to(loss_NS.dtype))
+            outer_m = self._each(
+                problem.outer, several, *tree.index((metas_M, inner), self._runs_of(due)), batches.outer
+            )
+            loss_NS = loss_NS.index_add(0, due, self._by_pair(outer_m.to(loss_NS.dtype)))
         ended_N = done_N | (until_cut_N == 0)
         pairs = pairs._replace(inner=inner, age_N=pairs.age_N + 1, until_cut_N=until_cut_N, ended_N=ended_N)
         return pairs, self._capped(loss_NS)
 
     def _each(
-        self,
-        one: Callable,
-        several: Callable,
-        metas_NS: Params,
-        states_NS: InnerState,
-        batch: Any,
-        *keys_NS: Tensor,
+        self, one: Callable, several: Callable, metas_M: Params, states_M: InnerState, batch: Any, *keys_M: Tensor
     ) -> Any:
-        """``one`` of every run of every pair, by ``several``; all but the batch, and the results, have axes (pairs, runs)."""
-        runs = len(self.signs)
-        metas, states, keys = tree.map(lambda leaf: leaf.flatten(0, 1), (metas_NS, states_NS, keys_NS))
-        count = len(states.step)
-        size = count if self.chunk is None else self.chunk * runs
+        """``one`` of every run, by ``several``; the batch is that of all."""
+        count = len(states_M.step)
+        size = count if self.chunk is None else self.chunk * len(self.signs)
         if self.vectorised and size >= count:
-            found = several(metas, states, batch, *keys)
-        elif self.vectorised:
-            places = [slice(first, first + size) for first in range(0, count, size)]
-            rows = [tree.index((metas, states, keys), place) for place in places]
-            parts = [several(meta, state, batch, *key) for meta, state, key in rows]
-            found = tree.map(lambda *same: torch.cat(same), *parts)
-        else:
-            rows = [tree.index((metas, states, keys), row) for row in range(count)]
-            found = tree.stack([one(meta, state, batch, *key) for meta, state, key in rows])
-        return tree.map(lambda leaf: leaf.unflatten(0, (-1, runs)), found)
+            return several(metas_M, states_M, batch, *keys_M)
+        given_M = (metas_M, states_M, keys_M)
+        if not self.vectorised:
+            rows = [tree.index(given_M, row) for row in range(count)]
+            return tree.stack([one(meta, state, batch, *key) for meta, state, key in rows])
+        chunks = [tree.index(given_M, slice(first, first + size)) for first in range(0, count, size)]
+        parts = [several(metas, states, batch, *keys) for metas, states, keys in chunks]
+        return tree.map(lambda *same: torch.cat(same), *parts)
+
+    def _by_pair(self, leaf: Tensor) -> Tensor:
+        """(M, …) as (N, S, …)."""
+        return leaf.unflatten(0, (-1, len(self.signs)))
+
+    def _runs_of(self, rows: Tensor) -> Tensor:
+        """Where the runs of these pairs are among all."""
+        runs = torch.arange(len(self.signs), device=rows.device)
+        return (rows[:, None] * len(self.signs) + runs).flatten()
 
     def _capped(self, loss_NS: Tensor) -> Tensor:
         """Losses cut off at the cap; an infinite one becomes NaN first, which no cap hides."""
@@ -225,8 +230,9 @@ class Evolution(Estimator):
         return loss_NS if self.loss_cap is None else loss_NS.clamp(max=self.loss_cap)
 
     def _perturbed(self, window: Given, direction_NP: Tensor) -> Params:
-        """theta + sign epsilon: leaves (N, runs, …)."""
-        return window.place(torch.stack([window.center_P + sign * direction_NP for sign in self.signs], 1))
+        """theta + sign epsilon of every run."""
+        each = [window.center_P + sign * direction_NP for sign in self.signs]
+        return window.place(torch.stack(each, 1).flatten(0, 1))
 
     # -- the state --
 
