@@ -1,11 +1,13 @@
 """Which estimator meta-trains an optimizer best, and what the length of its windows does: persistent against truncated ones.
 
-    python -m experiments.pes_vs_truncated [--windows 2 10 50] [--seeds 3] [--inner_steps 6000] [--out runs/pes_vs_truncated]
+    python -m experiments.pes_vs_truncated [--windows 2 10 50] [--lrs .001 .003 .01] [--seeds 3] [--out runs/pes_vs_truncated]
 
 A ``SmallMLP`` is meta-trained on the task of configs/learned_optimizer/digits_mlp.yaml (100 steps of a network of 64-32-10 units on
 scikit-learn's digits) by PES, GPES that draws anew every 20 steps, NRES, truncated ES and truncated backpropagation. All have
-32 runs at a time (16 pairs), the same outer optimizer (Adam at 0.01, gradients clipped to the norm 1) and, for a given
-window, the same number of outer steps: 6000 / window, so that longer windows see as much of the runs in fewer steps.
+32 runs at a time (16 pairs), the same outer optimizer (Adam, gradients clipped to the norm 1) and, for a given window, the
+same number of outer steps: 6000 / window, so that longer windows see as much of the runs in fewer steps. The outer learning
+rate is that of ``--lrs`` which does best for a method and window: by the mean over seeds of the mean loss over 100 steps of 32
+runs on the digits of "validation".
 A step's loss is that before its update, so that truncated estimators see no use of a window's last update: of one in two
 where windows have two steps. Truncated ES takes a third run per pair. Backpropagation goes through the gradients of the inner
 runs, too.
@@ -15,8 +17,8 @@ of that of Adam at the best of 13 learning rates for the same steps, constant or
 digits); and of the last tenth of the steps. Differences from NRES with the same window, above 0 where NRES is better, are paired
 by seed, with a bootstrap interval; seeds vary everything. Figures show the share over 100 steps on the way.
 
-Takes about 26 CPU minutes a seed, a third of them for backpropagation. Each trial is kept when it is done, weights beside it,
-and the same command goes on with those that are missing.
+Takes about 20 CPU minutes for each seed and rate, a third of them for backpropagation. Each trial is kept when it is done,
+weights beside it, and the same command goes on with those that are missing.
 
 Source: Vicol et al. 2021, "Unbiased Gradient Estimation in Unrolled Computation Graphs with Persistent Evolution Strategies",
 section 5.4; Li et al. 2023, "Noise-Reuse in Online Evolution Strategies", section 5. Differs from the papers: one small task, on
@@ -24,6 +26,7 @@ which what helps within a window helps later, too.
 """
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -81,6 +84,7 @@ METHODS = (*EVOLUTION, BACKPROPAGATION)
 SHOWN = [
     "window",
     "method",
+    "lr",
     "outer_steps",
     "cpu_seconds",
     "n",
@@ -108,7 +112,7 @@ def differentiated(method: str, problem: Optimizee, scale: Scale) -> tuple[Inner
 # -- a trial -----------------------------------------------------------------------------------------------------------
 
 
-def learned(method: str, window: int, seed: int, scale: Scale, out: Path) -> dict[str, Any]:
+def learned(method: str, window: int, lr: float, seed: int, scale: Scale, out: Path) -> dict[str, Any]:
     """A meta-training: losses on new runs on the way, and at the end over every multiple of the horizon."""
     problem, steps = optimizee(scale), scale.inner_steps // window
     whole, estimator = differentiated(method, problem, scale)
@@ -118,20 +122,23 @@ def learned(method: str, window: int, seed: int, scale: Scale, out: Path) -> dic
         if step % every == 0 or step == steps:
             found.append((step, seconds, meta))
 
-    meta = meta_train(whole, estimator, seed, Budget(steps), window=window, watch=watch)
-    save_rule(out / f"{method.replace(' ', '_')}_{window}_{seed}.safetensors", SmallMLP(), meta, outer_steps=steps)
+    meta = meta_train(whole, estimator, seed, Budget(steps), window=window, lr=lr, watch=watch)
+    save_rule(
+        out / f"{method.replace(' ', '_')}_{window}_{lr:g}_{seed}.safetensors", SmallMLP(), meta, outer_steps=steps
+    )
     # What a learned rule does first does not depend on how long it will run.
     losses_RT = judged(problem, meta, seed, max(MULTIPLES) * scale.horizon, scale)
+    validation = float(judged(problem, meta, seed, scale.horizon, scale, "validation").mean())
     ends = {f"{multiple}x": measured(losses_RT[:, : multiple * scale.horizon]) for multiple in MULTIPLES}
     earlier = {step: measured(judged(problem, meta, seed, scale.horizon, scale)) for step, _, meta in found[:-1]}
     way = [{"steps": step, **point} for step, point in {**earlier, steps: ends["1x"]}.items()]
-    return {"outer_steps": steps, "cpu_seconds": found[-1][1], "way": way, **ends}
+    return {"outer_steps": steps, "cpu_seconds": found[-1][1], "way": way, "validation": validation, **ends}
 
 
-def judged(problem: Optimizee, meta: Params, seed: int, steps: int, scale: Scale) -> Tensor:
-    """The losses (R, T) of a seed's test runs."""
+def judged(problem: Optimizee, meta: Params, seed: int, steps: int, scale: Scale, part: str = "test") -> Tensor:
+    """The losses (R, T) of a seed's runs on the examples of a part."""
     assert problem.rule is not None
-    return curves(problem.on("test"), problem.rule, meta, runs(seed, "test", scale.runs), steps)
+    return curves(problem.on(part), problem.rule, meta, runs(seed, part, scale.runs), steps)
 
 
 def tuned_adam(seed: int, scale: Scale) -> dict[str, Any]:
@@ -148,13 +155,28 @@ def tuned_adam(seed: int, scale: Scale) -> dict[str, Any]:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def rows_of(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per meta-training, its losses as shares of tuned Adam's with the same seed."""
-    of_adam, rows = {trial["seed"]: trial for trial in trials if trial["method"] == ADAM}, []
+def at_best_lr(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The meta-trainings at the outer rate that is best on validation digits, for each window and method."""
+    tried: dict[tuple[int, str], dict[float, list[dict[str, Any]]]] = {}
     for trial in trials:
-        if trial["method"] == ADAM or trial["seed"] not in of_adam:
+        if trial["method"] != ADAM:
+            tried.setdefault((trial["window"], trial["method"]), {}).setdefault(trial["lr"], []).append(trial)
+    return [trial for rates in tried.values() for trial in min(rates.values(), key=_standing)]
+
+
+def _standing(trials: Sequence[dict[str, Any]]) -> tuple[int, float]:
+    """By what a rate is chosen: its seeds, the more the better, then its mean loss on validation digits."""
+    found = statistics.fmean(trial["validation"] for trial in trials)
+    return -len(trials), math.inf if math.isnan(found) else found
+
+
+def rows_of(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per meta-training at its best rate, its losses as shares of tuned Adam's with the same seed."""
+    of_adam, rows = {trial["seed"]: trial for trial in trials if trial["method"] == ADAM}, []
+    for trial in at_best_lr(trials):
+        if trial["seed"] not in of_adam:
             continue
-        row = {name: trial[name] for name in ("method", "window", "seed", "outer_steps", "cpu_seconds", "way")}
+        row = {name: trial[name] for name in ("method", "window", "lr", "seed", "outer_steps", "cpu_seconds", "way")}
         for multiple in (f"{multiple}x" for multiple in MULTIPLES):
             own, adam = trial[multiple], of_adam[trial["seed"]][multiple]
             row[f"share_{multiple}"] = own["mean_loss"] / adam["mean_loss"]
@@ -174,7 +196,7 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Any:
         for row in paired.to_dict("records"):
             same = [each for each in own if each["method"] == row["group"]]
             row |= {name: statistics.fmean(each[name] for each in same) for name in means}
-            table.append(row | {"window": window, "method": row["group"]})
+            table.append(row | {"window": window, "method": row["group"], "lr": same[0]["lr"]})
     return trial_frame(table)[SHOWN]
 
 
@@ -197,7 +219,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, nargs="+", default=[2, 10, 50], help="inner steps, divisors of 100")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--inner_steps", type=int, default=Scale().inner_steps, help="of every run (>= 100)")
+    parser.add_argument("--lrs", type=float, nargs="+", default=[0.001, 0.003, 0.01], help="outer rates to try (> 0)")
     options = parsed(parser, argv)
+    for lr in options.lrs:
+        require_range("lrs", lr, math.ulp(0.0))
     require_range("inner_steps", options.inner_steps, Scale().horizon)
     scale = SMOKE if options.smoke else Scale(inner_steps=options.inner_steps)
     for window in options.windows:
@@ -205,16 +230,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         if scale.horizon % window:
             raise ValueError(f"windows has {window}; accepted: divisors of the horizon, {scale.horizon}")
 
-    def make(method: str, seed: int, window: int = 0) -> dict[str, Any]:
+    def make(method: str, seed: int, window: int = 0, lr: float = 0.0) -> dict[str, Any]:
         if method == ADAM:
             return tuned_adam(seed, scale)
-        trial = learned(method, window, seed, scale, options.out)
-        print(f"{method}, window {window}, seed {seed}: mean loss {trial['1x']['mean_loss']:.4f}", flush=True)
+        trial = learned(method, window, lr, seed, scale, options.out)
+        at = f"window {window}, rate {lr:g}, seed {seed}"
+        print(f"{method}, {at}: mean loss {trial['1x']['mean_loss']:.4f}", flush=True)
         return trial
 
     cells: list[dict[str, Any]] = [{"method": ADAM, "seed": seed} for seed in range(options.seeds)]
-    ours = itertools.product(range(options.seeds), options.windows, options.methods)
-    cells += [{"method": method, "seed": seed, "window": window} for seed, window, method in ours]
+    ours = itertools.product(options.lrs, range(options.seeds), options.windows, options.methods)
+    cells += [{"method": method, "seed": seed, "window": window, "lr": lr} for lr, seed, window, method in ours]
     trials = gather(cells, make, scale._asdict(), options.out, options.budget_minutes)
     rows = rows_of(trials)
     if not rows:

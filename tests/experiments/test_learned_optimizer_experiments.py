@@ -232,13 +232,13 @@ def test_a_table_of_stability_counts_runs_and_pairs_seeds() -> None:
 
 
 def test_estimators_in_small_are_compared_and_gone_on_with(tmp_path, capsys, monkeypatch) -> None:
-    command = ["--smoke", "--seeds", "1", "--windows", "5", "--out", str(tmp_path)]
+    command = ["--smoke", "--seeds", "1", "--windows", "5", "--lrs", ".01", "--out", str(tmp_path)]
     pes_vs_truncated.main(command)
     trials = read_trials(tmp_path / "trials.jsonl")[1:]
     assert [trial["method"] for trial in trials] == list(pes_vs_truncated.METHODS)
     assert all([point["steps"] for point in trial["way"]] == [1, 2] for trial in trials)
     assert len({trial["3x"]["mean_loss"] for trial in trials}) == 4  # windows are too few for GPES to differ from NRES
-    rule, keys_R = load_rule(tmp_path / "PES_5_0.safetensors"), meta_trained.runs(0, "test", 2)
+    rule, keys_R = load_rule(tmp_path / "PES_5_0.01_0.safetensors"), meta_trained.runs(0, "test", 2)
     problem = meta_trained.digits_task(SmallMLP(), horizon=10).on("test")
     again = float(curves(problem, SmallMLP(), rule.weights, keys_R, 10).mean())
     assert trials[1]["1x"]["mean_loss"] == trials[1]["way"][-1]["mean_loss"] == pytest.approx(again, rel=1e-6)
@@ -246,23 +246,31 @@ def test_estimators_in_small_are_compared_and_gone_on_with(tmp_path, capsys, mon
     pes_vs_truncated.main(command)
     printed = capsys.readouterr().out
     assert all(method in printed for method in pes_vs_truncated.METHODS)
-    assert {"table.csv", "window_5.png", "truncated_backprop_5_0.safetensors"} <= {
+    assert {"table.csv", "window_5.png", "truncated_backprop_5_0.01_0.safetensors"} <= {
         path.name for path in tmp_path.iterdir()
     }
     with pytest.raises(ValueError, match="windows has 7; accepted: divisors of the horizon, 100"):
         pes_vs_truncated.main(["--windows", "7"])
+    with pytest.raises(ValueError, match=r"lrs is 0\.0"):
+        pes_vs_truncated.main(["--lrs", "0"])
 
 
 def test_a_table_of_estimators_pairs_seeds_within_a_window() -> None:
-    def trial(method, seed, loss, window=10):
+    def trial(method, seed, loss, window=10, lr=0.01, validation=1.0):
         ends = {f"{multiple}x": {"mean_loss": loss / multiple, "final_loss": loss / 10} for multiple in (1, 3)}
-        own = {"method": method, "seed": seed, "window": window, "outer_steps": 5, "cpu_seconds": 1.0}
+        own = {"method": method, "seed": seed, "window": window, "lr": lr, "outer_steps": 5, "cpu_seconds": 1.0}
+        own["validation"] = validation
         return own | ends | {"way": [{"steps": 5, "mean_loss": loss}]}
 
     trials = [trial("Adam", seed, 2.0) for seed in (0, 1)]
     trials += [trial("NRES", seed, 1.0 + seed) for seed in (0, 1)] + [trial("PES", seed, 1.2 + seed) for seed in (0, 1)]
-    rows = pes_vs_truncated.rows_of([*trials, trial("PES", 0, 4.0, window=2), trial("NRES", 7, 1.0)])
-    assert len(rows) == 5
+    trials += [trial("PES", 0, 4.0, window=2), trial("NRES", 7, 1.0)]
+    # Worse on validation digits, no number there, or tried on fewer seeds: none of these is the rate that is shown.
+    trials += [trial("PES", seed, 0.1, lr=0.1, validation=1.1) for seed in (0, 1)]
+    trials += [trial("NRES", seed, 0.1, lr=1.0, validation=math.nan) for seed in (0, 1, 7)]
+    trials.append(trial("PES", 0, 0.1, lr=0.001, validation=0.9))
+    rows = pes_vs_truncated.rows_of(trials)
+    assert len(rows) == 5 and {row["lr"] for row in rows} == {0.01}
     table = pes_vs_truncated.result_table(rows)
     assert list(table["share_1x"]) == pytest.approx([0.75, 0.85, 2.0])
     assert list(table["share_3x"]) == pytest.approx([0.75, 0.85, 2.0])
