@@ -13,7 +13,7 @@ from metalearn.analysis.runs import read_metrics
 from metalearn.cli import main
 
 SCHEDULE, WEIGHTS = HERE / "training" / "tiny_schedule.yaml", HERE / "training" / "tiny_weights.yaml"
-OPTIMIZER = HERE / "training" / "tiny_optimizer.yaml"
+OPTIMIZER, MIXTURE = HERE / "training" / "tiny_optimizer.yaml", HERE / "training" / "tiny_mixture.yaml"
 REWEIGHTING = HERE.parent / "configs" / "multilevel" / "reweighting.yaml"
 ESTIMATOR = "model.init_args.estimator"
 # Each family on a problem that it is for. Directions and pairs are a multiple of two ranks.
@@ -114,15 +114,16 @@ def test_two_ranks_that_train_an_optimizer_for_a_hundred_steps_equal_one(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_run_goes_from_one_rank_to_two_and_back(tmp_path):
-    """Pairs are divided anew among the ranks: to the bit the run of one."""
+@pytest.mark.parametrize(("config", "tolerance"), [(OPTIMIZER, 0.0), (MIXTURE, 1e-6)], ids=["pairs", "tasks"])
+def test_a_run_goes_from_one_rank_to_two_and_back(config, tolerance, tmp_path):
+    """Pairs, and the tasks of a mixture, are divided anew among the ranks: pairs to the bit the run of one."""
     two = ("-c", DDP, "--trainer.accelerator", "cpu", "--trainer.devices", 2)
-    assert fit(OPTIMIZER, tmp_path / "moved", "--trainer.max_steps", 2) == 0
-    shared = start(OPTIMIZER, tmp_path / "moved", "--trainer.max_steps", 4, *two)
+    assert fit(config, tmp_path / "moved", "--trainer.max_steps", 2) == 0
+    shared = start(config, tmp_path / "moved", "--trainer.max_steps", 4, *two)
     assert shared.returncode == 0, shared.stderr
     assert last(tmp_path / "moved")["global_step"] == 4
-    assert fit(OPTIMIZER, tmp_path / "moved") == fit(OPTIMIZER, tmp_path / "whole") == 0
-    assert_same(tmp_path / "moved", tmp_path / "whole")
+    assert fit(config, tmp_path / "moved") == fit(config, tmp_path / "whole") == 0
+    assert_same(tmp_path / "moved", tmp_path / "whole", tolerance)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from metalearn.base import (
 from metalearn.models.vision import ACTIVATIONS, MLP
 from metalearn.optim.learned import LearnedRule
 from metalearn.problems.optimizees import Optimizee
+from metalearn.unroll import Tasks
 
 
 class Mixture(InnerProblem):
@@ -195,7 +196,7 @@ class OverMixture(Estimator):
 
     def init(self, problem: InnerProblem, meta: Params, key: Tensor) -> Tree:
         return {
-            f"{number}": self._own().init(each, meta, random.fold(key, number))
+            f"{number}": self._own(each).init(each, meta, random.fold(key, number))
             for number, each in enumerate(_members(problem))
         }
 
@@ -203,7 +204,7 @@ class OverMixture(Estimator):
         found = []
         for number, each in enumerate(_members(problem)):
             own = Batches(lambda k, n=number: batches.inner(k)[n], batches.outer[number], batches.steps)
-            found.append(self._own().estimate(each, meta, state[f"{number}"], own, random.fold(key, number)))
+            found.append(self._own(each).estimate(each, meta, state[f"{number}"], own, random.fold(key, number)))
         mean = {name: sum(each.grad[name] for each in found) / len(found) for name in meta}
         diagnostics = {
             f"{name}/{number}": value for number, each in enumerate(found) for name, value in each.diagnostics.items()
@@ -213,9 +214,10 @@ class OverMixture(Estimator):
         loss = sum(each.loss for each in found) / len(found)
         return MetaGradient(mean, loss, states, diagnostics | losses)  # pyright: ignore[reportArgumentType]
 
-    def _own(self) -> Estimator:
-        """The estimator, as this rank has it."""
-        self.estimator.rank, self.estimator.world, self.estimator.reduce = self.rank, self.world, self.reduce
+    def _own(self, problem: InnerProblem) -> Estimator:
+        """The estimator for one of the problems, as this rank has it."""
+        self.estimator.rank, self.estimator.world = self.rank, self.world
+        self.estimator.reduce = None if isinstance(problem, Tasks) else self.reduce  # ranks have tasks of their own
         return self.estimator
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from metalearn import random, tree
 from metalearn.base import Estimator, InnerProblem, MetaGradient, Params, Tree, require_range
 from metalearn.estimators.forward import TwoPhase, ZerothOrder
-from metalearn.problems.mixture import OverMixture
+from metalearn.problems.mixture import Mixture, OverMixture
 from metalearn.training.callbacks import Cost
 from metalearn.training.data import request_loader
 from metalearn.unroll import Tasks
@@ -149,7 +149,7 @@ class MetaGradientLearning(Evaluated):
             )
         divided = self.problem if self.estimator.shards == "outer" else self.estimator
         divided.rank, divided.world = self.trainer.global_rank, self.trainer.world_size
-        if divided.world > 1 and divided is self.problem and not self._divides_tasks:
+        if divided.world > 1 and divided is self.problem and not isinstance(self.problem, Tasks):
             self.estimator.reduce = mean_over_ranks
 
     def configure_model(self) -> None:
@@ -267,13 +267,13 @@ class MetaGradientLearning(Evaluated):
             for name, leaf in packed.items()
         }
 
-    @property
-    def _divides_tasks(self) -> bool:
-        return self.estimator.shards == "outer" and isinstance(self.problem, Tasks)
-
     def _is_divided(self, name: str, leaf: Tensor) -> bool:
         """Whether a leaf of the estimator's state has a first axis of antithetic pairs or tasks, which ranks divide."""
-        return "pairs" in name.split("/")[:2] or (self._divides_tasks and leaf.ndim > 0)
+        problem, parts = self.problem, name.split("/")
+        if isinstance(problem, Mixture):
+            problem, parts = problem.problems[int(parts[0])], parts[1:]
+        divides_tasks = self.estimator.shards == "outer" and isinstance(problem, Tasks)
+        return "pairs" in parts[:2] or (divides_tasks and leaf.ndim > 0)
 
 
 def _in_a_mixture(estimator: Estimator) -> Estimator:

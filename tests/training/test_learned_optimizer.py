@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from problems.conftest import Clusters
 from problems.learned_rules import Scaled
 from training.conftest import Stop
 
+from metalearn import random, tree
 from metalearn.estimators.evolution import GeneralizedPersistentES, NoiseReuseES, PersistentES, TruncatedES
-from metalearn.estimators.forward import ForwardGradient
+from metalearn.estimators.forward import ForwardGradient, TwoPhase
 from metalearn.estimators.unrolled import Unrolled
 from metalearn.models.vision import MLP
 from metalearn.optim.first_order import Adam
@@ -122,6 +124,39 @@ def test_several_quadratics_at_a_time_are_trained_and_judged(learn, make_trainer
     numbers = json.loads((tmp_path / "validation.json").read_text())
     assert 0 < numbers["1x/learned/final_loss"] < numbers["1x/learned/mean_loss"] < math.inf
     assert load_rule(tmp_path / RULE, [Scaled]).weights["log_rate"] == module.meta["log_rate"]
+
+
+def unequal_quadratics(tasks):
+    problems = [Quadratics(LearnableSGD(), horizon=6, num_dims=dims) for dims in (2, 3)]
+    return Mixture([Tasks(each, 4) for each in problems] if tasks else problems)
+
+
+@pytest.mark.parametrize(
+    ("problem", "estimator"),
+    [
+        (unequal_quadratics(tasks=True), Unrolled(warm_start=True)),
+        (unequal_quadratics(tasks=False), NoiseReuseES(4)),
+        (unequal_quadratics(tasks=False), TwoPhase(NoiseReuseES(4), PersistentES(4), switch=2)),
+        (Tasks(Quadratics(LearnableSGD(), horizon=6, num_dims=2), 4), Unrolled(warm_start=True)),
+    ],
+    ids=["tasks of a mixture", "pairs of a mixture", "phases of a mixture", "tasks"],
+)
+def test_checkpoints_hold_what_every_rank_has_of_tasks_and_pairs(problem, estimator):
+    module = LearnedOptimizerTraining(problem, estimator, 2, functools.partial(torch.optim.Adam, lr=0.1))
+    divided = problem if module.estimator.shards == "outer" else module.estimator
+
+    def state(rank, world):
+        divided.rank, divided.world = rank, world
+        return tree.pack(module.estimator.init(problem, problem.init_meta(random.key(0)), random.key(1)))
+
+    alone, ranks = state(0, 1), [state(rank, 2) for rank in (0, 1)]
+    for rank, own in enumerate(ranks):
+        module._trainer = SimpleNamespace(global_rank=rank, world_size=2)
+        torch.testing.assert_close(module._own_share(alone), own, rtol=0, atol=0)
+    module._trainer = SimpleNamespace(world_size=2)
+    for name, leaf in ranks[0].items():
+        module.all_gather = lambda leaf, name=name: torch.stack([own[name] for own in ranks])
+        torch.testing.assert_close(module._all_shares({name: leaf})[name], alone[name], rtol=0, atol=0)
 
 
 def test_what_cannot_be_meta_trained_is_refused(learn, tmp_path):
