@@ -14,7 +14,18 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from metalearn.base import require_range
-from metalearn.optim.guarded import GUARD, LEARNED, Closure, Grads, Guarded, copied_state, params_of, set_state
+from metalearn.optim.guarded import (
+    GUARD,
+    LEARNED,
+    Closure,
+    Grads,
+    Guarded,
+    copied_settings,
+    copied_state,
+    params_of,
+    set_settings,
+    set_state,
+)
 from metalearn.optim.torch_face import mean_over_processes
 
 
@@ -75,24 +86,13 @@ class LossGuard(Guarded):
 
     def _step(self, closure: Closure) -> Any:
         self.spare = self.spare or self._point()
-        over = not 0 < self.steps < self.period
-        returned = []
-        found: dict[str, tuple[Any, Grads]] = {}
-        for again in (False, True):
-            with contextlib.nullcontext() if again else self._draws_to_repeat():
-                loss = closure()
-            returned.append(loss)
-            grads = self._grads()
-            self.losses[self.inside] += self._number(loss, grads)
-            if over:  # both optimizers will step from one of the two points, once it is known from which
-                found[self.inside] = loss, grads
-            else:
-                self._observe(loss)
-                self._set_grads(grads)
-                self.optimizers[self.inside].step(lambda loss=loss: loss)
-            self._turn()
-        self.evaluated += 1
-        if over:
+        found = self._evaluated(closure)
+        loss, _ = found[self.inside]
+        if 0 < self.steps < self.period:
+            for _ in self.optimizers:
+                self._advance(*found[self.inside])
+                self._turn()
+        else:  # both optimizers step from one of the two points
             self._keep()
             self._begin(*found[self.kept])
         self.steps += 1
@@ -100,7 +100,7 @@ class LossGuard(Guarded):
             self._turn()
         if self.inside == LEARNED and not self._finite():  # its loss will say so, but this step may have been the last
             self._turn()
-        return returned[0]
+        return loss
 
     def finish(self, closure: Closure) -> None:
         """End the period at hand, as after the last step of a run: the parameters become those of the branch that is kept.
@@ -117,25 +117,37 @@ class LossGuard(Guarded):
         if not self.steps:
             return
         with torch.no_grad():
-            for again in (False, True):
-                with contextlib.nullcontext() if again else self._draws_to_repeat():
-                    loss = evaluate()
-                self.losses[self.inside] += self._number(loss, self._grads())
-                self._turn()
-            self.evaluated += 1
+            self._evaluated(evaluate)
             self._keep()
         self.losses, self.steps, self.evaluated = {LEARNED: 0.0, GUARD: 0.0}, 0, 0
         self.zero_grad()
 
+    def _evaluated(self, closure: Closure) -> dict[str, tuple[Any, Grads]]:
+        """The loss and the gradients of both branches, on the same draws. Where a closure raises, nothing has happened."""
+        found, first = {}, self.inside
+        try:
+            for again in (False, True):
+                with contextlib.nullcontext() if again else self._draws_to_repeat():
+                    found[self.inside] = closure(), self._grads()
+                self._turn()
+        except BaseException:
+            if self.inside != first:
+                self._turn()
+            raise
+        for name, (loss, grads) in found.items():
+            self.losses[name] += self._number(loss, grads)
+        self.evaluated += 1
+        return found
+
     def _number(self, loss: Any, grads: Grads) -> float:
         """The loss, averaged over all processes; NaN where a gradient is not finite."""
         device = params_of(self.learned)[0].device
-        sound = torch.stack([grad.isfinite().all() for grad in grads if grad is not None] or [torch.tensor(True)]).all()
-        loss = torch.as_tensor(loss, device=device).detach()
-        return float(mean_over_processes(torch.where(sound.to(device), loss, math.nan)))
+        sound = _all_finite([grad for grad in grads if grad is not None], device)
+        return float(mean_over_processes(torch.where(sound, torch.as_tensor(loss, device=device).detach(), math.nan)))
 
     def _finite(self) -> bool:
-        return bool(torch.stack([p.isfinite().all() for p in params_of(self.learned)]).all())
+        params = params_of(self.learned)
+        return bool(_all_finite(params, params[0].device))
 
     def _leader(self) -> str:
         """The branch with the lower losses in this period; while none is known, the one that was kept."""
@@ -166,14 +178,23 @@ class LossGuard(Guarded):
             self._turn()
         self.observed = {name: copied_state(optimizer.state) for name, optimizer in self.optimizers.items()}
 
+    def _advance(self, loss: Any, grads: Grads) -> None:
+        """A step of this branch's optimizer, and one of the other's that moves nothing."""
+        self._set_grads(grads)
+        self._observe(loss)
+        self._set_grads(grads)
+        self.optimizers[self.inside].step(lambda: loss)
+
     def _observe(self, loss: Any) -> None:
         """Show the other optimizer the gradient at this branch's point."""
         name, here = _other(self.inside), self._point()
         optimizer, own = self.optimizers[name], dict(self.optimizers[name].state)
+        settings = copied_settings(optimizer)
         set_state(optimizer, self.observed[name])
         optimizer.step(lambda: loss)
         self.observed[name] = dict(optimizer.state)
         set_state(optimizer, own)
+        set_settings(optimizer, settings)
         self._move(here)
 
     def _turn(self) -> None:
@@ -183,22 +204,24 @@ class LossGuard(Guarded):
         self.spare = point
         self.inside = _other(self.inside)
 
-    def state_dict(self) -> dict[str, Any]:
-        saved = super().state_dict()
+    def _saved(self) -> dict[str, Any]:
         observed = {name: _indexed(self.observed[name], optimizer) for name, optimizer in self.optimizers.items()}
-        saved["state"] |= {"spare": list(self.spare), "observed": observed}
-        return saved
+        return super()._saved() | {"spare": list(self.spare), "observed": observed}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state = state_dict["state"]
-        if "observed" in state:  # else it is of another kind, as will be said
-            for name, optimizer in self.optimizers.items():
-                optimizer.load_state_dict({**state[name], "state": state["observed"][name]})
-                self.observed[name] = copied_state(optimizer.state)
-        super().load_state_dict(state_dict)
-        self.spare = [
-            value.to(p.device, copy=True) for value, p in zip(state["spare"], params_of(self.learned), strict=False)
-        ]
+    def _check(self, state: dict[str, Any]) -> None:
+        super()._check(state)
+        found, accepted = ([tuple(value.shape) for value in values] for values in (state["spare"], self._point()))
+        if found and found != accepted:
+            raise ValueError(f"the state is of parameters of shapes {found}; accepted: {accepted}")
+
+    def _load(self, state: dict[str, Any]) -> None:
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict({**state[name], "state": state["observed"][name]})
+            self.observed[name] = copied_state(optimizer.state)
+        super()._load(state)
+        # Before the first step there is none.
+        pairs = zip(state["spare"], params_of(self.learned), strict=False)
+        self.spare = [value.to(p.device, copy=True) for value, p in pairs]
 
 
 class GL2O(Guarded):
@@ -238,38 +261,51 @@ class GL2O(Guarded):
         return self.accepted / self.steps if self.steps else math.nan
 
     def _step(self, closure: Closure) -> Any:
-        start, before = self._point(), copied_state(self.learned.state)
         with self._draws_to_repeat():
             loss = closure()
         grads = self._grads()
         if not 0 < self.mu < math.inf:
             self.mu = self._residual(loss)
             self._set_grads(grads)
-        self.learned.step(lambda: loss)
-        residual = self._residual(closure())
-        self.steps += 1
-        if math.isfinite(residual) and residual <= self.alpha * self.mu:
+        start, before, settings = self._point(), copied_state(self.learned.state), copied_settings(self.learned)
+        accepted = False
+        try:
+            self.learned.step(lambda: loss)
+            residual = self._residual(closure())
+            accepted = math.isfinite(residual) and residual <= self.alpha * self.mu
+        finally:  # where the closure raises, too
+            if not accepted:
+                self._move(start)
+                set_state(self.learned, before)
+                set_settings(self.learned, settings)
+        if accepted:
             self.mu = self.theta * residual + (1 - self.theta) * self.mu
             self.accepted += 1
         else:
-            self._move(start)
             self._set_grads(grads)
-            set_state(self.learned, before)
             self.guard.step(lambda: loss)
+        self.steps += 1
         return loss
 
     def _residual(self, loss: Any) -> float:
         """How far the guard would move from here."""
-        here, before = self._point(), copied_state(self.guard.state)
+        here, before, settings = self._point(), copied_state(self.guard.state), copied_settings(self.guard)
         self.guard.step(lambda: loss)
-        moved = torch.stack([(p - value).double().norm() for p, value in zip(params_of(self.guard), here, strict=True)])
+        pairs = zip(params_of(self.learned), here, strict=True)
+        moved = torch.stack([(p - value).double().norm().to(here[0].device) for p, value in pairs])
         self._move(here)
         set_state(self.guard, before)
+        set_settings(self.guard, settings)
         return float(moved.norm())
 
 
 def _other(name: str) -> str:
     return GUARD if name == LEARNED else LEARNED
+
+
+def _all_finite(values: list[Tensor], device: torch.device) -> Tensor:
+    """Whether all entries are finite, as a tensor on this device."""
+    return torch.stack([torch.tensor(True, device=device), *(x.isfinite().all().to(device) for x in values)]).all()
 
 
 def _indexed(state: dict[Any, Any], optimizer: Optimizer) -> dict[Any, Any]:

@@ -1,9 +1,11 @@
 """Two optimizers over the same parameters that are one optimizer to everything else."""
 
 import contextlib
+import copy
 from abc import abstractmethod
 from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +28,8 @@ class Guarded(Optimizer):
     What a closure changes besides gradients, such as running statistics of batch norm, sees both points. Gradients that are
     added up over several batches before a step would mix the points, and are refused. ``GradScaler`` passes no closure on, so
     that float16 cannot be guarded. Optimizers that keep more than gradients
-    need at a step outside their ``state`` and their groups cannot be guarded.
+    need at a step outside their ``state`` and their groups cannot be guarded; what they keep in groups follows their own steps
+    alone.
     """
 
     counters: ClassVar[tuple[str, ...]]  # names of attributes that are numbers, texts or dictionaries of these
@@ -68,7 +71,9 @@ class Guarded(Optimizer):
             What ``closure`` returned at the point that the parameters had.
 
         Raises:
-            ValueError: There is no closure, or it returns None, or there are gradients from before.
+            ValueError: There is no closure, or it returns no number, or there are gradients from before.
+
+        What the closure raises is raised again, with the parameters and both states as they were before the step.
         """
         evaluate = self._evaluation(closure)
         if self._accumulated():
@@ -77,9 +82,13 @@ class Guarded(Optimizer):
                 "computes the whole gradient, and zero_grad after any other backward"
             )
         with torch.no_grad():
-            loss = self._step(evaluate)
-        self._remember()
-        return loss
+            try:
+                return self._step(evaluate)
+            except BaseException:
+                self.zero_grad()  # what there is belongs to either point
+                raise
+            finally:
+                self._remember()
 
     def _evaluation(self, closure: Closure | None) -> Closure:
         """The closure, which begins without gradients, turns them on for itself and must return a loss."""
@@ -91,8 +100,8 @@ class Guarded(Optimizer):
                 p.grad = None
             with torch.enable_grad():
                 loss = closure()
-            if loss is None:
-                raise ValueError("closure returns None; accepted: the loss")
+            if not isinstance(loss, Real) and not (isinstance(loss, Tensor) and loss.numel() == 1):
+                raise ValueError(f"closure returns {loss!r}; accepted: the loss, a number or a tensor of one")
             return loss
 
         return evaluate
@@ -153,9 +162,12 @@ class Guarded(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """All there is, in the middle of a period, too, in tensors and builtins."""
+        with self.register_state_dict_post_hook(lambda _, saved: {**saved, "state": self._saved()}, prepend=True):
+            return super().state_dict()
+
+    def _saved(self) -> dict[str, Any]:
         inner = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        own = {name: tree.map(lambda leaf: leaf, getattr(self, name)) for name in self.counters}
-        return {"state": {**inner, **own}, "param_groups": super().state_dict()["param_groups"]}
+        return inner | {name: tree.map(lambda leaf: leaf, getattr(self, name)) for name in self.counters}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the guard that ``state_dict`` is of was, bit for bit, with the parameters that it had.
@@ -163,16 +175,36 @@ class Guarded(Optimizer):
         Raises:
             ValueError: It is of another kind, or of other optimizers.
         """
-        state, wanted = state_dict["state"], {LEARNED, GUARD, *self.counters}
-        if not wanted <= state.keys():
-            raise ValueError(
-                f"the state lacks {sorted(wanted - state.keys())}; accepted: that of a {type(self).__name__}"
-            )
+        state = {}
+
+        def check(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            self._check(given["state"])
+            state.update(given["state"])
+            return {**given, "state": {}}
+
+        # After the hooks of others that come before it, and before those that come after.
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(lambda _: self._load(state), prepend=True)
+        with before, after:
+            super().load_state_dict(state_dict)
+
+    def _check(self, state: dict[str, Any]) -> None:
+        if lacking := {LEARNED, GUARD, *self.counters} - state.keys():
+            raise ValueError(f"the state lacks {sorted(lacking)}; accepted: that of a {type(self).__name__}")
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state[name])
+            groups = (state[name]["param_groups"], optimizer.param_groups)
+            found, accepted = ([len(group["params"]) for group in each] for each in groups)
+            if found != accepted:
+                raise ValueError(f"the state of {name} has groups of {found} parameters; accepted: {accepted}")
+
+    def _load(self, state: dict[str, Any]) -> None:
+        try:
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(state[name])
+        finally:
+            self._share_groups()
         for name in self.counters:
             setattr(self, name, tree.map(lambda leaf: leaf, state[name]))
-        self._share_groups()
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler puts a step of its own into the object, and torch's hooks are not copied, as in torch's optimizers.
@@ -204,6 +236,26 @@ def copied_state(state: dict[Any, Any]) -> dict[Any, Any]:
         key: tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
         for key, value in state.items()
     }
+
+
+def copied_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What an optimizer's groups have besides parameters: settings, and what some keep there."""
+    return [
+        copy.deepcopy({name: value for name, value in group.items() if name != "params"})
+        for group in optimizer.param_groups
+    ]
+
+
+def set_settings(optimizer: Optimizer, settings: list[dict[str, Any]]) -> None:
+    """Give an optimizer's groups these settings; tensors stay the same objects."""
+    for group, before in zip(optimizer.param_groups, settings, strict=True):
+        for name in group.keys() - before.keys() - {"params"}:
+            del group[name]
+        for name, value in before.items():
+            if isinstance(value, Tensor) and isinstance(group[name], Tensor):
+                group[name].copy_(value)
+            else:
+                group[name] = value
 
 
 def set_state(optimizer: Optimizer, state: dict[Any, Any]) -> None:
