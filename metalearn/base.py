@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -353,6 +354,13 @@ def require_range(name: str, value: float, low: float, high: float = float("inf"
     """Raise ``ValueError`` unless ``low <= value <= high``."""
     if not low <= value <= high:
         raise ValueError(f"{name} is {value!r}; accepted: {low} <= {name} <= {high}")
+
+
+def require_whole(name: str, value: float, low: int, high: float = float("inf")) -> None:
+    """Raise ``ValueError`` unless ``value`` is a whole number, ``low <= value <= high``."""
+    if not isinstance(value, Integral):
+        raise ValueError(f"{name} is {value!r}; accepted: a whole number, at least {low}")
+    require_range(name, value, low, high)
 
 
 def require_choice(name: str, value: object, choices: Mapping[str, object] | tuple[object, ...]) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metalearn.base import Params, Tree, require_range
+from metalearn.base import Params, Tree, require_whole
 from metalearn.optim.layout import Layout
 from metalearn.optim.learned import count
 from metalearn.optim.lstm import CoordinateLSTM, log_and_sign
@@ -113,9 +113,9 @@ class DynamicModeLSTM(CoordinateLSTM):
         ahead: int = 10,
     ) -> None:
         super().__init__(layers, preprocessing, scale)
-        require_range("window", window, 2)
-        require_range("rank", rank, 1, window)
-        require_range("ahead", ahead, 1)
+        require_whole("window", window, 2)
+        require_whole("rank", rank, 1, window)
+        require_whole("ahead", ahead, 1)
         self.window, self.rank, self.ahead = window, rank, ahead
 
     @property

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from metalearn import random
-from metalearn.base import Params, Tree, require_range
+from metalearn.base import Params, Tree, require_range, require_whole
 from metalearn.optim import accumulators
 from metalearn.optim.accumulators import AXES, FIRST, SECOND, Decays, Planes, learned_decay
 from metalearn.optim.features import NORMALISER_EPS, TIME_SCALES, affine, time_features
@@ -80,7 +80,7 @@ class FactoredRule(LearnedRule):
         super().__init__()
         require_range("the number of hidden_sizes", len(hidden_sizes), 1)
         for size in hidden_sizes:
-            require_range("a hidden size", size, 1)
+            require_whole("a hidden size", size, 1)
         self.hidden_sizes = list(hidden_sizes)
 
     @abstractmethod

@@ -6,14 +6,13 @@ twice, at two points, with the same draws. The state of either optimizer has see
 
 import contextlib
 import math
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from metalearn.base import require_range
+from metalearn.base import require_range, require_whole
 from metalearn.optim.guarded import (
     GUARD,
     LEARNED,
@@ -66,9 +65,7 @@ class LossGuard(Guarded):
     counters = ("inside", "kept", "steps", "evaluated", "losses", "periods", "periods_learned")
 
     def __init__(self, learned: Optimizer, guard: Optimizer, period: int = 10, margin: float = 0.0):
-        if not isinstance(period, Integral):
-            raise ValueError(f"period is {period!r}; accepted: a whole number, at least 1")
-        require_range("period", period, 1)
+        require_whole("period", period, 1)
         require_range("margin", margin, 0.0)
         self.period, self.margin = period, margin
         self.inside = self.kept = GUARD  # the branch whose point the parameters are, and the one that was kept at last

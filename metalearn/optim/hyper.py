@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metalearn import random
-from metalearn.base import Params, Tree, require_range
+from metalearn.base import Params, Tree, require_range, require_whole
 from metalearn.optim.features import spread
 from metalearn.optim.first_order import BELOW_ONE
 from metalearn.optim.layout import Layout
@@ -68,7 +68,7 @@ class NNAdam(LearnedRule):
         eps: float = 1e-8,
     ) -> None:
         super().__init__()
-        require_range("hidden", hidden, 1)
+        require_whole("hidden", hidden, 1)
         require_range("output_scale", output_scale, math.ulp(0.0))
         require_range("recall", recall, 0.0, 1.0)
         require_range("lr", lr, 1e-8, 1e3)

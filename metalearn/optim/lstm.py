@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metalearn import random
-from metalearn.base import Params, Tree, require_choice, require_range
+from metalearn.base import Params, Tree, require_choice, require_whole
 from metalearn.optim.layout import Layout
 from metalearn.optim.learned import LearnedRule, weight
 
@@ -47,7 +47,7 @@ class CoordinateLSTM(LearnedRule):
     def __init__(self, layers: Sequence[int] = (20, 20), preprocessing: str = "released", scale: float = 0.01) -> None:
         super().__init__()
         for size in layers:
-            require_range("size of a layer", size, 1)
+            require_whole("size of a layer", size, 1)
         require_choice("preprocessing", preprocessing, PREPROCESSING)
         if not 0 < scale < math.inf:
             raise ValueError(f"scale is {scale!r}; accepted: 0 < scale < inf")

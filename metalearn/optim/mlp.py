@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metalearn import random
-from metalearn.base import Params, Tree, require_range
+from metalearn.base import Params, Tree, require_range, require_whole
 from metalearn.optim.features import TIME_SCALES, affine, running_mean, second_moment_normaliser, time_features
 from metalearn.optim.layout import Layout
 from metalearn.optim.learned import LearnedRule, count
@@ -49,7 +49,7 @@ class CoordinateMLP(LearnedRule):
         super().__init__()
         require_range("number of hidden layers", len(hidden_sizes), 1)
         for units in hidden_sizes:
-            require_range("a hidden size", units, 1)
+            require_whole("a hidden size", units, 1)
         require_range("step_mult", step_mult, math.ulp(0.0))
         require_range("exp_mult", exp_mult, 0.0)
         require_range("output_std", output_std, 0.0)

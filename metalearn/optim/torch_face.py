@@ -39,9 +39,11 @@ class LearnedOptimizer(Optimizer):
     of the two precisions. Where one of them has no gradient, it is left alone and its state does not advance: its part falls
     apart into two, for good. Rules in which tensors see of one another (dynamic modes) see within a part only.
 
+    Groups may change their order between steps, and lose parameters, which takes the state of these with them.
     The state dictionary holds class, version, settings and weights of the rule: one of another rule is refused, and one of
     the same rule brings its weights along. Processes of ``torch.distributed`` agree as long as their gradients do;
-    of a rule that asks for the loss, they take the mean over all processes, which must all step.
+    of a rule that asks for the loss, they take the mean over all processes, which must all step. Its state is of parts, which
+    ``torch.distributed.checkpoint`` cannot divide: it knows one state for each parameter.
 
     Args:
         params: Parameters, pairs of name and parameter, or groups of either with an ``lr`` and a ``weight_decay`` of their own.
@@ -68,13 +70,18 @@ class LearnedOptimizer(Optimizer):
         given = rule if isinstance(rule, LearnedRule) else load_rule(rule)
         self.rule = with_weights(given, given.weights)  # whatever becomes of the one that was given
         self.compile = compile
+        self._known: list[Tensor] = []  # the parameters that positions in parts are of
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         settings = self.defaults | param_group
         for name in ("lr", "weight_decay"):
-            if not isinstance(settings[name], Real | Tensor) or not 0 <= settings[name] < math.inf:
-                raise ValueError(f"{name} is {settings[name]!r}; accepted: 0 <= {name} < inf")
+            value = settings[name]
+            number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+            if not number or not 0 <= float(value) < math.inf:
+                raise ValueError(f"{name} is {value!r}; accepted: 0 <= {name} < inf")
+        if settings.get("maximize"):
+            raise ValueError("maximize is True, which rules do not know; accepted: the negative of what is to be large")
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if not p.is_floating_point():
@@ -96,7 +103,7 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 returned = loss = closure()
-        params = self._params
+        params = self._followed()
         present = [place for place, p in enumerate(params) if p.grad is not None]
         if any(p.grad is not None and p.grad.layout != torch.strided for p in params):
             raise ValueError("a gradient is sparse; accepted: dense gradients (sparse=False in an Embedding)")
@@ -115,6 +122,22 @@ class LearnedOptimizer(Optimizer):
     @property
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
+
+    def _followed(self) -> list[Tensor]:
+        """All parameters, after positions have followed them, where groups were put in another order or lost some."""
+        # Positions and not the parameters themselves: trainers move what is in ``state`` to other devices.
+        known, params = self._known, self._params
+        if len(known) > len(params) or any(p is not before for p, before in zip(params, known, strict=False)):
+            now = {id(p): place for place, p in enumerate(params)}
+            for name, part in list(self.state.items()):
+                left = [place for place in part["members"] if id(known[place]) in now]
+                if not left:
+                    del self.state[name]
+                    continue
+                rest = part if len(left) == len(part["members"]) else self._piece(known, part, left)
+                self.state[name] = {**rest, "members": [now[id(known[place])] for place in left]}  # type: ignore[index]
+        self._known = params
+        return params
 
     def _parts(self, params: Sequence[Tensor], present: Sequence[int]) -> list[Part]:
         """The parts of all parameters that have gradients, and of no others."""
@@ -212,9 +235,14 @@ class LearnedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and under "rule" the rule: class, version, settings and weights."""
-        saved = super().state_dict()
-        parts = {name: dict(part) for name, part in saved["state"].items()}  # which later steps do not change
-        return {**saved, "state": parts, "rule": {**describe(self.rule), "weights": dict(self.rule.weights)}}
+        self._followed()
+
+        def completed(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            parts = {name: dict(part) for name, part in saved["state"].items()}  # which later steps do not change
+            return {**saved, "state": parts, "rule": {**describe(self.rule), "weights": dict(self.rule.weights)}}
+
+        with self.register_state_dict_post_hook(completed, prepend=True):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the optimizer that ``state_dict`` is of was, bit for bit, with the weights of its rule.
@@ -222,20 +250,36 @@ class LearnedOptimizer(Optimizer):
         Raises:
             ValueError: It is of another optimizer or rule, of another version or other settings of it, or of other parameters.
         """
+        found = []
+
+        def check(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            state, rule = self._checked(given)
+            found.append(rule)
+            return {**given, "state": state}
+
+        def take(_: Optimizer) -> None:
+            self.rule, self._known = found[0], self._params
+            self._forget()
+
+        # After the hooks of others that come before it, and before those that come after.
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(take, prepend=True)
+        with before, after:
+            super().load_state_dict(state_dict)
+
+    def _checked(self, state_dict: dict[str, Any]) -> tuple[dict[str, Part], LearnedRule]:
+        """The parts of a state dictionary on the devices of their parameters, and its rule."""
         saved, own = dict(state_dict.get("rule", {})), describe(self.rule)
         weights = saved.pop("weights", {})
         if saved != own:
             wrong = [name for name in own if saved.get(name) != own[name]]
             found, accepted = ({name: rule.get(name) for name in wrong} for rule in (saved, own))
             raise ValueError(f"the state is of a rule with {found}; accepted: {accepted}")
-        rule = with_weights(self.rule, weights)
         state = {name: self._fitted(part) for name, part in state_dict["state"].items()}
         members = [place for part in state.values() for place in part["members"]]
         if len(members) != len(set(members)):
             raise ValueError(f"the state is of parameters {members}; accepted: none of them twice")
-        super().load_state_dict({**state_dict, "state": state})
-        self.rule = rule
-        self._forget()
+        return state, with_weights(self.rule, weights)
 
     def _fitted(self, part: Part) -> Part:
         """A part as it was saved, on the device of its parameters."""
@@ -250,7 +294,7 @@ class LearnedOptimizer(Optimizer):
         return {"members": members, "tree": tree.map(lambda leaf, own: leaf.to(own.dtype), kept, like)}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "rule": self.rule, "compile": self.compile}
+        return {**super().__getstate__(), "rule": self.rule, "compile": self.compile, "_known": self._followed()}
 
     def _forget(self) -> None:
         for name in ("_cast", "_compiled"):
@@ -297,9 +341,10 @@ def _layout(params: Sequence[Tensor], members: Sequence[int]) -> Layout:
 
 def _descend(params: list[Tensor], moves: list[Tensor], group: dict[str, Any]) -> None:
     exact = [p.to(move.dtype) for p, move in zip(params, moves, strict=True)]  # half precision is rounded once
-    if group["weight_decay"]:
-        torch._foreach_mul_(exact, 1 - group["lr"] * group["weight_decay"])
-    torch._foreach_add_(exact, moves, alpha=-group["lr"])
+    lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
+    if weight_decay:
+        torch._foreach_mul_(exact, 1 - lr * weight_decay)
+    torch._foreach_add_(exact, moves, alpha=-lr)
     for p, value in zip(params, exact, strict=True):
         if p is not value:
             p.copy_(value)

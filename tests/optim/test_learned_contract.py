@@ -168,7 +168,6 @@ def test_order_of_tensors_does_not_matter(rule):
     torch.testing.assert_close(turned.unpack(backwards), LAYOUT.unpack(forwards), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:var")
 @every_rule
 def test_a_tensor_without_entries_changes_nothing(rule):
     wider = Layout.of({name: torch.zeros(shape) for name, shape in (SHAPES | {"empty": (0, 3)}).items()})
@@ -188,3 +187,19 @@ def test_refuses_weights_of_other_shapes(rule):
     name, value = next(iter(rule.weights.items()))
     with pytest.raises(ValueError, match=rf"{name}.*accepted"):
         type(rule)(**rule.settings).weights = {**rule.weights, name: value.unsqueeze(0)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (SmallMLP, {"hidden_sizes": [8.5]}),
+        (FactoredMLP, {"hidden_sizes": [4.0, 4]}),
+        (CoordinateLSTM, {"layers": [4.0]}),
+        (NNAdam, {"hidden": 4.5}),
+        (DynamicModeLSTM, {"window": 4.5}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_sizes_are_whole_numbers(kind, settings):
+    with pytest.raises(ValueError, match=r"is (8\.5|4\.0|4\.5); accepted: a whole number, at least \d"):
+        kind(**settings)

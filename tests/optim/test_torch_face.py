@@ -224,10 +224,23 @@ def test_sparse_gradients_are_refused():
         optimizer.step()
 
 
-@pytest.mark.parametrize(("name", "value"), [("lr", -1.0), ("weight_decay", -0.1), ("lr", float("nan")), ("lr", "1")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr", -1.0), ("weight_decay", -0.1), ("lr", float("nan")), ("lr", "1"), ("lr", torch.ones(2))]
+)
 def test_values_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} is .*; accepted: 0 <= {name} < inf"):
         LearnedOptimizer([nn.Parameter(torch.zeros(1))], SmallMLP(), **{name: value})
+
+
+def test_a_rate_may_be_a_tensor_of_one_and_a_group_may_not_go_uphill():
+    (params, loss), (others, other_loss) = problem(), problem()
+    descend(LearnedOptimizer(params, SmallMLP(), lr=0.5, weight_decay=0.25), loss, 2)
+    descend(
+        LearnedOptimizer(others, SmallMLP(), lr=torch.full((1,), 0.5), weight_decay=torch.tensor(0.25)), other_loss, 2
+    )
+    assert_same(others, params)
+    with pytest.raises(ValueError, match=r"maximize is True, .*; accepted: the negative"):
+        LearnedOptimizer([{"params": params, "maximize": True}], SmallMLP())
 
 
 @pytest.mark.parametrize("rule", [3, SmallMLP, nn.Linear(1, 1)])

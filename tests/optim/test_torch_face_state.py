@@ -56,6 +56,59 @@ def test_a_state_dictionary_goes_on_bit_for_bit(dtype):
     assert_same(params, others)
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_states_follow_parameters_whose_groups_change_places(saved):
+    (params, loss), (others, other_loss) = problem(), problem()
+    optimizer = LearnedOptimizer([{"params": [p]} for p in params], lively(SmallMLP))
+    other = LearnedOptimizer([{"params": [p]} for p in others], lively(SmallMLP))
+    descend(optimizer, loss, 2)
+    descend(other, other_loss, 2)
+    other.param_groups.reverse()
+    if saved:
+        state = other.state_dict()
+        other = LearnedOptimizer([{"params": [p]} for p in reversed(others)], SmallMLP())
+        other.load_state_dict(state)
+    descend(optimizer, loss, 3)
+    descend(other, other_loss, 3)
+    assert_same(others, params)
+    other.param_groups.reverse()
+    copied, own = copy.deepcopy((other, others))
+    for p, q in zip(others, own, strict=True):
+        q.grad = p.grad.clone()
+    other.step()
+    copied.step()
+    assert_same(own, others)
+
+
+def test_a_group_that_is_taken_out_takes_its_state_along():
+    """What is left goes on as if the other parameters had no gradients any more."""
+    (params, loss), (others, other_loss) = problem(), problem()
+    optimizer = LearnedOptimizer(params, lively(SmallMLP))
+    other = LearnedOptimizer([{"params": others[:2]}, {"params": others[2:]}], lively(SmallMLP))
+    descend(optimizer, loss, 2)
+    descend(other, other_loss, 2)
+    del other.param_groups[0]
+    for p in (*params[:2], *others[:2]):
+        p.requires_grad_(False)
+    descend(optimizer, loss, 3)
+    descend(other, other_loss, 3)
+    assert_same(others, params)
+    assert [part["members"] for part in other.state_dict()["state"].values()] == [[0, 1]]
+
+
+def test_hooks_come_before_a_state_is_checked_and_after_it_is_taken():
+    (params, loss), (others, _) = problem(), problem()
+    optimizer, other = LearnedOptimizer(params, lively(SmallMLP)), LearnedOptimizer(others, SmallMLP())
+    descend(optimizer, loss, 1)
+    optimizer.register_state_dict_post_hook(lambda _, saved: {"wrapped": saved})
+    other.register_load_state_dict_pre_hook(lambda _, saved: saved["wrapped"])
+    seen = []
+    other.register_load_state_dict_post_hook(lambda each: seen.append(each.rule))
+    other.load_state_dict(optimizer.state_dict())
+    assert seen == [other.rule]
+    assert_same(other.rule.weights.values(), optimizer.rule.weights.values())
+
+
 def test_loading_leaves_the_rule_that_was_given_and_the_state_that_was_saved_alone():
     rule, (params, loss), (others, _) = SmallMLP(), problem(), problem()
     weights = {name: value.clone() for name, value in rule.weights.items()}
