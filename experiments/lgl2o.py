@@ -225,7 +225,7 @@ def rule_of(given: str | None, seed: int, scale: Scale, out: Path) -> LearnedRul
         return load_rule(given)
     problem = digits_task(SmallMLP(), horizon=scale.horizon)
     window, budget = min(10, scale.horizon), Budget(scale.meta_steps)
-    path = out / f"rule_{seed}.safetensors"
+    path = out / f"rule_{scale.horizon}_{scale.meta_steps}_{seed}.safetensors"  # all that it depends on
 
     def make() -> Params:
         return meta_train(problem, evolution(), seed, budget, window=window)

@@ -169,6 +169,8 @@ def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     """The options of a ``command``, checked."""
     options = parser.parse_args(argv)
     require_range("seeds", options.seeds, 1)
+    if options.smoke and options.out == parser.get_default("out"):
+        options.out /= "smoke"  # beside what takes hours, and not in its place
     if not options.budget_minutes > 0:
         raise ValueError(f"budget_minutes is {options.budget_minutes}; accepted: budget_minutes > 0")
     one_thread()

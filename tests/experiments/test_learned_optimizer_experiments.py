@@ -228,6 +228,12 @@ def test_a_table_of_stability_counts_runs_and_pairs_seeds() -> None:
     ]  # fmt: skip
 
 
+def test_a_smoke_run_leaves_what_took_hours_alone() -> None:
+    parser = meta_trained.command(None, "runs/name", 1)
+    folders = [meta_trained.parsed(parser, argv).out for argv in ([], ["--smoke"], ["--smoke", "--out", "here"])]
+    assert [str(folder) for folder in folders] == ["runs/name", "runs/name/smoke", "here"]
+
+
 # -- estimators --------------------------------------------------------------------------------------------------------
 
 

@@ -41,7 +41,9 @@ def test_guards_smoke_has_ten_tasks_and_four_optimizers_and_keeps_its_trials(tmp
     assert len({row["task"] for row in trial["rows"]}) == 10
     assert {row["optimizer"] for row in trial["rows"]} == {lgl2o.RULE, lgl2o.GUARD, lgl2o.LGL2O, lgl2o.OTHER}
     assert sum(row["kind"] != lgl2o.IN for row in trial["rows"]) == 8 * 4
-    assert {"table.csv", "curves.png", "rule_0.safetensors"} <= written(tmp_path)
+    assert {"table.csv", "curves.png", f"rule_{lgl2o.SMOKE.horizon}_{lgl2o.SMOKE.meta_steps}_0.safetensors"} <= written(
+        tmp_path
+    )
     assert "ends above 1.02 x the guard alone in" in capsys.readouterr().out
     before = (tmp_path / "trials.jsonl").read_text()
     assert len(lgl2o.run(None, 1, lgl2o.SMOKE, tmp_path, math.inf)) == 1
