@@ -1,13 +1,13 @@
 """Which estimator meta-trains an optimizer best, and what the length of its windows does: persistent against truncated ones.
 
-    python -m experiments.pes_vs_truncated [--windows 2 10 50] [--lrs .001 .003 .01] [--seeds 3] [--out runs/pes_vs_truncated]
+    python -m experiments.pes_vs_truncated [--windows 2 10 50] [--seeds 3] [--out runs/pes_vs_truncated]
 
 A ``SmallMLP`` is meta-trained on the task of configs/learned_optimizer/digits_mlp.yaml (100 steps of a network of 64-32-10 units on
 scikit-learn's digits) by PES, GPES that draws anew every 20 steps, NRES, truncated ES and truncated backpropagation. All have
 32 runs at a time (16 pairs), the same outer optimizer (Adam, gradients clipped to the norm 1) and, for a given window, the
 same number of outer steps: 6000 / window, so that longer windows see as much of the runs in fewer steps. The outer learning
-rate is that of ``--lrs`` which does best for a method and window: by the mean over seeds of the mean loss over 100 steps of 32
-runs on the digits of "validation".
+rate is the best for a method and window, by the mean over seeds of the mean loss over 100 steps of 32 runs on the digits of
+"validation": of .003 and .01, and of those beyond (.0003, .001, .03, .1) as long as the last one tried is the best.
 A step's loss is that before its update, so that truncated estimators see no use of a window's last update: of one in two
 where windows have two steps. Truncated ES takes a third run per pair. Backpropagation goes through the gradients of the inner
 runs, too.
@@ -17,8 +17,8 @@ of that of Adam at the best of 13 learning rates for the same steps, constant or
 digits); and of the last tenth of the steps. Differences from NRES with the same window, above 0 where NRES is better, are paired
 by seed, with a bootstrap interval; seeds vary everything. Figures show the share over 100 steps on the way.
 
-Takes about 20 CPU minutes for each seed and rate, a third of them for backpropagation. Each trial is kept when it is done,
-weights beside it, and the same command goes on with those that are missing.
+Takes about 20 CPU minutes for each seed and rate, of which there are three or four; a third for backpropagation. Each trial is
+kept when it is done, weights beside it, and the same command goes on with those that are missing.
 
 Source: Vicol et al. 2021, "Unbiased Gradient Estimation in Unrolled Computation Graphs with Persistent Evolution Strategies",
 section 5.4; Li et al. 2023, "Noise-Reuse in Online Evolution Strategies", section 5. Differs from the papers: one small task, on
@@ -28,6 +28,7 @@ which what helps within a window helps later, too.
 import itertools
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +73,8 @@ class Scale(NamedTuple):
 
 SMOKE = Scale(inner_steps=10, horizon=10, pairs=2, tuning_runs=1, runs=2, measurements=2)
 MULTIPLES = (1, 3)  # of the horizon
+RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # of the outer optimizer
+FIRST_RATES = (0.003, 0.01)
 ADAM, NRES, BACKPROPAGATION = "Adam", "NRES", "truncated backprop"
 SETTINGS = {"std": 0.01, "stagger": True, "loss_cap": 20.0}  # of all evolution strategies
 EVOLUTION: dict[str, Callable[[int], Estimator]] = {
@@ -155,13 +158,27 @@ def tuned_adam(seed: int, scale: Scale) -> dict[str, Any]:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def at_best_lr(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The meta-trainings at the outer rate that is best on validation digits, for each window and method."""
+def by_rate(trials: Sequence[dict[str, Any]]) -> dict[tuple[int, str], dict[float, list[dict[str, Any]]]]:
+    """The meta-trainings of each window and method, by outer rate, the best rate on validation digits first."""
     tried: dict[tuple[int, str], dict[float, list[dict[str, Any]]]] = {}
     for trial in trials:
         if trial["method"] != ADAM:
             tried.setdefault((trial["window"], trial["method"]), {}).setdefault(trial["lr"], []).append(trial)
-    return [trial for rates in tried.values() for trial in min(rates.values(), key=_standing)]
+    return {cell: dict(sorted(rates.items(), key=lambda own: _standing(own[1]))) for cell, rates in tried.items()}
+
+
+def at_best_rates(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The meta-trainings at the outer rate that is best on validation digits, for each window and method."""
+    return [trial for rates in by_rate(trials).values() for trial in next(iter(rates.values()))]
+
+
+def rates_to_try(trials: Sequence[dict[str, Any]], cell: tuple[int, str]) -> list[float]:
+    """Those at which a window and method has been tried, or is to be: one beyond the best, where that is the last."""
+    tried = by_rate(trials).get(cell, {})
+    if not tried:
+        return list(FIRST_RATES)
+    best = RATES.index(next(iter(tried)))
+    return sorted({*tried, *RATES[max(0, best - 1) : best + 2]})
 
 
 def _standing(trials: Sequence[dict[str, Any]]) -> tuple[int, float]:
@@ -173,7 +190,7 @@ def _standing(trials: Sequence[dict[str, Any]]) -> tuple[int, float]:
 def rows_of(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row per meta-training at its best rate, its losses as shares of tuned Adam's with the same seed."""
     of_adam, rows = {trial["seed"]: trial for trial in trials if trial["method"] == ADAM}, []
-    for trial in at_best_lr(trials):
+    for trial in at_best_rates(trials):
         if trial["seed"] not in of_adam:
             continue
         row = {name: trial[name] for name in ("method", "window", "lr", "seed", "outer_steps", "cpu_seconds", "way")}
@@ -219,10 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, nargs="+", default=[2, 10, 50], help="inner steps, divisors of 100")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--inner_steps", type=int, default=Scale().inner_steps, help="of every run (>= 100)")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[0.001, 0.003, 0.01], help="outer rates to try (> 0)")
     options = parsed(parser, argv)
-    for lr in options.lrs:
-        require_range("lrs", lr, math.ulp(0.0))
     require_range("inner_steps", options.inner_steps, Scale().horizon)
     scale = SMOKE if options.smoke else Scale(inner_steps=options.inner_steps)
     for window in options.windows:
@@ -238,10 +252,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{method}, {at}: mean loss {trial['1x']['mean_loss']:.4f}", flush=True)
         return trial
 
-    cells: list[dict[str, Any]] = [{"method": ADAM, "seed": seed} for seed in range(options.seeds)]
-    ours = itertools.product(options.lrs, range(options.seeds), options.windows, options.methods)
-    cells += [{"method": method, "seed": seed, "window": window, "lr": lr} for lr, seed, window, method in ours]
-    trials = gather(cells, make, scale._asdict(), options.out, options.budget_minutes)
+    ends = time.monotonic() + 60 * options.budget_minutes
+    trials, cells = [], list[dict[str, Any]]()
+    while True:
+        known, cells = cells, [{"method": ADAM, "seed": seed} for seed in range(options.seeds)]
+        for window, method in itertools.product(options.windows, options.methods):
+            each = itertools.product(rates_to_try(trials, (window, method)), range(options.seeds))
+            cells += [{"method": method, "seed": seed, "window": window, "lr": lr} for lr, seed in each]
+        if cells == known:
+            break
+        left = (ends - time.monotonic()) / 60
+        trials = gather(cells, make, scale._asdict(), options.out, left)
+        if len(trials) < len(cells):
+            break
     rows = rows_of(trials)
     if not rows:
         return

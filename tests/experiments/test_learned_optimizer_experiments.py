@@ -238,7 +238,9 @@ def test_a_smoke_run_leaves_what_took_hours_alone() -> None:
 
 
 def test_estimators_in_small_are_compared_and_gone_on_with(tmp_path, capsys, monkeypatch) -> None:
-    command = ["--smoke", "--seeds", "1", "--windows", "5", "--lrs", ".01", "--out", str(tmp_path)]
+    monkeypatch.setattr(pes_vs_truncated, "RATES", (0.01,))
+    monkeypatch.setattr(pes_vs_truncated, "FIRST_RATES", (0.01,))
+    command = ["--smoke", "--seeds", "1", "--windows", "5", "--out", str(tmp_path)]
     pes_vs_truncated.main(command)
     trials = read_trials(tmp_path / "trials.jsonl")[1:]
     assert [trial["method"] for trial in trials] == list(pes_vs_truncated.METHODS)
@@ -257,8 +259,6 @@ def test_estimators_in_small_are_compared_and_gone_on_with(tmp_path, capsys, mon
     }
     with pytest.raises(ValueError, match="windows has 7; accepted: divisors of the horizon, 100"):
         pes_vs_truncated.main(["--windows", "7"])
-    with pytest.raises(ValueError, match=r"lrs is 0\.0"):
-        pes_vs_truncated.main(["--lrs", "0"])
 
 
 def test_a_table_of_estimators_pairs_seeds_within_a_window() -> None:
@@ -272,8 +272,8 @@ def test_a_table_of_estimators_pairs_seeds_within_a_window() -> None:
     trials += [trial("NRES", seed, 1.0 + seed) for seed in (0, 1)] + [trial("PES", seed, 1.2 + seed) for seed in (0, 1)]
     trials += [trial("PES", 0, 4.0, window=2), trial("NRES", 7, 1.0)]
     # Worse on validation digits, no number there, or tried on fewer seeds: none of these is the rate that is shown.
-    trials += [trial("PES", seed, 0.1, lr=0.1, validation=1.1) for seed in (0, 1)]
-    trials += [trial("NRES", seed, 0.1, lr=1.0, validation=math.nan) for seed in (0, 1, 7)]
+    trials += [trial("PES", seed, 0.1, lr=0.03, validation=1.1) for seed in (0, 1)]
+    trials += [trial("NRES", seed, 0.1, lr=0.1, validation=math.nan) for seed in (0, 1, 7)]
     trials.append(trial("PES", 0, 0.1, lr=0.001, validation=0.9))
     rows = pes_vs_truncated.rows_of(trials)
     assert len(rows) == 5 and {row["lr"] for row in rows} == {0.01}
@@ -281,5 +281,12 @@ def test_a_table_of_estimators_pairs_seeds_within_a_window() -> None:
     assert list(table["share_1x"]) == pytest.approx([0.75, 0.85, 2.0])
     assert list(table["share_3x"]) == pytest.approx([0.75, 0.85, 2.0])
     assert table["difference"].iloc[1] == pytest.approx(0.1)
+    # One rate beyond the best is tried, where there is none yet.
+    tried = {cell: pes_vs_truncated.rates_to_try(trials, cell) for cell in [(10, "NRES"), (10, "PES"), (2, "PES")]}
+    assert tried[10, "NRES"] == [0.003, 0.01, 0.03, 0.1] and tried[10, "PES"] == [0.001, 0.003, 0.01, 0.03]
+    assert tried[2, "PES"] == [0.003, 0.01, 0.03] and pes_vs_truncated.rates_to_try(trials, (50, "PES")) == [
+        0.003,
+        0.01,
+    ]
     drawn = pes_vs_truncated.points(rows, 2)
     assert [(point.method, point.iteration, point.value) for point in drawn] == [("PES", 5, 2.0)]
