@@ -252,19 +252,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{method}, {at}: mean loss {trial['1x']['mean_loss']:.4f}", flush=True)
         return trial
 
-    ends = time.monotonic() + 60 * options.budget_minutes
-    trials, cells = [], list[dict[str, Any]]()
-    while True:
-        known, cells = cells, [{"method": ADAM, "seed": seed} for seed in range(options.seeds)]
+    def cells_to_try(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        cells: list[dict[str, Any]] = [{"method": ADAM, "seed": seed} for seed in range(options.seeds)]
         for window, method in itertools.product(options.windows, options.methods):
             each = itertools.product(rates_to_try(trials, (window, method)), range(options.seeds))
             cells += [{"method": method, "seed": seed, "window": window, "lr": lr} for lr, seed in each]
-        if cells == known:
-            break
-        left = (ends - time.monotonic()) / 60
-        trials = gather(cells, make, scale._asdict(), options.out, left)
+        return cells
+
+    ends = time.monotonic() + 60 * options.budget_minutes
+    trials, cells = [], cells_to_try([])
+    while len(trials) < len(cells):
+        trials = gather(cells, make, scale._asdict(), options.out, (ends - time.monotonic()) / 60)
         if len(trials) < len(cells):
-            break
+            break  # for want of time
+        cells = cells_to_try(trials)
     rows = rows_of(trials)
     if not rows:
         return

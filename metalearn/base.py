@@ -359,7 +359,7 @@ def require_range(name: str, value: float, low: float, high: float = float("inf"
 def require_whole(name: str, value: float, low: int, high: float = float("inf")) -> None:
     """Raise ``ValueError`` unless ``value`` is a whole number, ``low <= value <= high``."""
     if not isinstance(value, Integral):
-        raise ValueError(f"{name} is {value!r}; accepted: a whole number, at least {low}")
+        raise ValueError(f"{name} is {value!r}; accepted: whole numbers, {low} <= {name} <= {high}")
     require_range(name, value, low, high)
 
 

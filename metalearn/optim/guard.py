@@ -42,7 +42,7 @@ class LossGuard(Guarded):
     goes on with the state that it would have after the gradients of the branch that is kept: momenta of its own branch would
     pull it back there, and a clock that stood still would have it believe that the run is younger than it is. For this, each
     optimizer takes a second step on the other's branch, which moves nothing: four steps of optimizers in all. In memory there
-    are one more copy of the parameters and one of both states.
+    are one more copy of the parameters and one of both states, and during a step two copies of the gradients.
 
     The last period of a run is not decided until ``finish`` is called.
 
@@ -108,12 +108,12 @@ class LossGuard(Guarded):
             closure: As in ``step``; called once on each branch's parameters, for the losses of their last steps.
 
         Raises:
-            ValueError: There is no closure, or it returns None.
+            ValueError: There is no closure, or it returns no number.
         """
         evaluate = self._evaluation(closure)
         if not self.steps:
             return
-        with torch.no_grad():
+        with self._cleared(), torch.no_grad():
             self._evaluated(evaluate)
             self._keep()
         self.losses, self.steps, self.evaluated = {LEARNED: 0.0, GUARD: 0.0}, 0, 0
@@ -121,18 +121,20 @@ class LossGuard(Guarded):
 
     def _evaluated(self, closure: Closure) -> dict[str, tuple[Any, Grads]]:
         """The loss and the gradients of both branches, on the same draws. Where a closure raises, nothing has happened."""
-        found, first = {}, self.inside
+        found, numbers, first = {}, {}, self.inside
         try:
             for again in (False, True):
                 with contextlib.nullcontext() if again else self._draws_to_repeat():
-                    found[self.inside] = closure(), self._grads()
+                    loss, grads = closure(), self._grads()
+                # Now: the tensor may be one that the closure writes into every time.
+                numbers[self.inside] = self._number(loss, grads)
+                found[self.inside] = loss.detach().clone() if isinstance(loss, Tensor) else loss, grads
                 self._turn()
         except BaseException:
             if self.inside != first:
                 self._turn()
             raise
-        for name, (loss, grads) in found.items():
-            self.losses[name] += self._number(loss, grads)
+        self.losses = {name: self.losses[name] + number for name, number in numbers.items()}
         self.evaluated += 1
         return found
 
@@ -205,12 +207,6 @@ class LossGuard(Guarded):
         observed = {name: _indexed(self.observed[name], optimizer) for name, optimizer in self.optimizers.items()}
         return super()._saved() | {"spare": list(self.spare), "observed": observed}
 
-    def _check(self, state: dict[str, Any]) -> None:
-        super()._check(state)
-        found, accepted = ([tuple(value.shape) for value in values] for values in (state["spare"], self._point()))
-        if found and found != accepted:
-            raise ValueError(f"the state is of parameters of shapes {found}; accepted: {accepted}")
-
     def _load(self, state: dict[str, Any]) -> None:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict({**state[name], "state": state["observed"][name]})
@@ -261,27 +257,27 @@ class GL2O(Guarded):
         with self._draws_to_repeat():
             loss = closure()
         grads = self._grads()
-        if not 0 < self.mu < math.inf:
-            self.mu = self._residual(loss)
+        mu = self.mu
+        if not 0 < mu < math.inf:
+            mu = self._residual(loss)
             self._set_grads(grads)
         start, before, settings = self._point(), copied_state(self.learned.state), copied_settings(self.learned)
         accepted = False
         try:
             self.learned.step(lambda: loss)
             residual = self._residual(closure())
-            accepted = math.isfinite(residual) and residual <= self.alpha * self.mu
+            accepted = math.isfinite(residual) and residual <= self.alpha * mu
         finally:  # where the closure raises, too
             if not accepted:
                 self._move(start)
                 set_state(self.learned, before)
                 set_settings(self.learned, settings)
         if accepted:
-            self.mu = self.theta * residual + (1 - self.theta) * self.mu
-            self.accepted += 1
+            mu = self.theta * residual + (1 - self.theta) * mu
         else:
             self._set_grads(grads)
             self.guard.step(lambda: loss)
-        self.steps += 1
+        self.mu, self.steps, self.accepted = mu, self.steps + 1, self.accepted + accepted
         return loss
 
     def _residual(self, loss: Any) -> float:

@@ -1,7 +1,6 @@
 """Two optimizers over the same parameters that are one optimizer to everything else."""
 
 import contextlib
-import copy
 from abc import abstractmethod
 from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
@@ -62,7 +61,7 @@ class Guarded(Optimizer):
         super().add_param_group(param_group)
 
     def step(self, closure: Closure | None = None) -> Any:
-        """One step.
+        """One step; what the closure raises is raised again, with the parameters and both states as they were before.
 
         Args:
             closure: Computes the gradients, and returns the loss.
@@ -72,8 +71,6 @@ class Guarded(Optimizer):
 
         Raises:
             ValueError: There is no closure, or it returns no number, or there are gradients from before.
-
-        What the closure raises is raised again, with the parameters and both states as they were before the step.
         """
         evaluate = self._evaluation(closure)
         if self._accumulated():
@@ -81,14 +78,19 @@ class Guarded(Optimizer):
                 "there are gradients from before the step, as accumulation over batches leaves them; accepted: a closure that "
                 "computes the whole gradient, and zero_grad after any other backward"
             )
-        with torch.no_grad():
-            try:
-                return self._step(evaluate)
-            except BaseException:
-                self.zero_grad()  # what there is belongs to either point
-                raise
-            finally:
-                self._remember()
+        with self._cleared(), torch.no_grad():
+            return self._step(evaluate)
+
+    @contextlib.contextmanager
+    def _cleared(self) -> Iterator[None]:
+        """Without gradients afterwards where something is raised: what there is may be of either point."""
+        try:
+            yield
+        except BaseException:
+            self.zero_grad()
+            raise
+        finally:
+            self._remember()
 
     def _evaluation(self, closure: Closure | None) -> Closure:
         """The closure, which begins without gradients, turns them on for itself and must return a loss."""
@@ -167,7 +169,11 @@ class Guarded(Optimizer):
 
     def _saved(self) -> dict[str, Any]:
         inner = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        return inner | {name: tree.map(lambda leaf: leaf, getattr(self, name)) for name in self.counters}
+        own = {name: tree.map(lambda leaf: leaf, getattr(self, name)) for name in self.counters}
+        return {**inner, **own, "shapes": self._shapes()}
+
+    def _shapes(self) -> list[list[int]]:
+        return [list(p.shape) for p in params_of(self.learned)]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the guard that ``state_dict`` is of was, bit for bit, with the parameters that it had.
@@ -182,27 +188,27 @@ class Guarded(Optimizer):
             state.update(given["state"])
             return {**given, "state": {}}
 
+        def load(_: Optimizer) -> None:
+            try:
+                self._load(state)
+            finally:
+                self._share_groups()
+
         # After the hooks of others that come before it, and before those that come after.
         before = self.register_load_state_dict_pre_hook(check)
-        after = self.register_load_state_dict_post_hook(lambda _: self._load(state), prepend=True)
+        after = self.register_load_state_dict_post_hook(load, prepend=True)
         with before, after:
             super().load_state_dict(state_dict)
 
     def _check(self, state: dict[str, Any]) -> None:
-        if lacking := {LEARNED, GUARD, *self.counters} - state.keys():
+        if lacking := {LEARNED, GUARD, "shapes", *self.counters} - state.keys():
             raise ValueError(f"the state lacks {sorted(lacking)}; accepted: that of a {type(self).__name__}")
-        for name, optimizer in self.optimizers.items():
-            groups = (state[name]["param_groups"], optimizer.param_groups)
-            found, accepted = ([len(group["params"]) for group in each] for each in groups)
-            if found != accepted:
-                raise ValueError(f"the state of {name} has groups of {found} parameters; accepted: {accepted}")
+        if state["shapes"] != self._shapes():
+            raise ValueError(f"the state is of parameters of shapes {state['shapes']}; accepted: {self._shapes()}")
 
     def _load(self, state: dict[str, Any]) -> None:
-        try:
-            for name, optimizer in self.optimizers.items():
-                optimizer.load_state_dict(state[name])
-        finally:
-            self._share_groups()
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[name])
         for name in self.counters:
             setattr(self, name, tree.map(lambda leaf: leaf, state[name]))
 
@@ -240,8 +246,13 @@ def copied_state(state: dict[Any, Any]) -> dict[Any, Any]:
 
 def copied_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
     """What an optimizer's groups have besides parameters: settings, and what some keep there."""
+    # Lists and the like stay what they are: they may hold views of a tensor beside them.
     return [
-        copy.deepcopy({name: value for name, value in group.items() if name != "params"})
+        {
+            name: value.detach().clone() if isinstance(value, Tensor) else value
+            for name, value in group.items()
+            if name != "params"
+        }
         for group in optimizer.param_groups
     ]
 
@@ -252,7 +263,7 @@ def set_settings(optimizer: Optimizer, settings: list[dict[str, Any]]) -> None:
         for name in group.keys() - before.keys() - {"params"}:
             del group[name]
         for name, value in before.items():
-            if isinstance(value, Tensor) and isinstance(group[name], Tensor):
+            if isinstance(value, Tensor) and isinstance(group.get(name), Tensor):
                 group[name].copy_(value)
             else:
                 group[name] = value

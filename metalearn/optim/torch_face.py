@@ -39,7 +39,9 @@ class LearnedOptimizer(Optimizer):
     of the two precisions. Where one of them has no gradient, it is left alone and its state does not advance: its part falls
     apart into two, for good. Rules in which tensors see of one another (dynamic modes) see within a part only.
 
-    Groups may change their order between steps, and lose parameters, which takes the state of these with them.
+    Groups may change their order between steps. Parameters that are taken out, or replaced by other objects, take their state
+    along, as in torch's optimizers.
+
     The state dictionary holds class, version, settings and weights of the rule: one of another rule is refused, and one of
     the same rule brings its weights along. Processes of ``torch.distributed`` agree as long as their gradients do;
     of a rule that asks for the loss, they take the mean over all processes, which must all step. Its state is of parts, which
@@ -81,7 +83,7 @@ class LearnedOptimizer(Optimizer):
             if not number or not 0 <= float(value) < math.inf:
                 raise ValueError(f"{name} is {value!r}; accepted: 0 <= {name} < inf")
         if settings.get("maximize"):
-            raise ValueError("maximize is True, which rules do not know; accepted: the negative of what is to be large")
+            raise ValueError("maximize is True, which rules do not know; accepted: False (and the negative loss)")
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if not p.is_floating_point():
@@ -128,14 +130,13 @@ class LearnedOptimizer(Optimizer):
         # Positions and not the parameters themselves: trainers move what is in ``state`` to other devices.
         known, params = self._known, self._params
         if len(known) > len(params) or any(p is not before for p, before in zip(params, known, strict=False)):
-            now = {id(p): place for place, p in enumerate(params)}
-            for name, part in list(self.state.items()):
-                left = [place for place in part["members"] if id(known[place]) in now]
-                if not left:
-                    del self.state[name]
-                    continue
-                rest = part if len(left) == len(part["members"]) else self._piece(known, part, left)
-                self.state[name] = {**rest, "members": [now[id(known[place])] for place in left]}  # type: ignore[index]
+            now, followed = {id(p): place for place, p in enumerate(params)}, {}
+            for name, part in self.state.items():
+                if left := [place for place in part["members"] if id(known[place]) in now]:
+                    rest = part if len(left) == len(part["members"]) else self._piece(known, part, left)
+                    followed[name] = {**rest, "members": [now[id(known[place])] for place in left]}
+            self.state.clear()
+            self.state.update(followed)
         self._known = params
         return params
 

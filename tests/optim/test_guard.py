@@ -281,5 +281,5 @@ def test_what_cannot_be_guarded_is_refused(kind):
         with pytest.raises(ValueError, match=f"{name} is -1; accepted"):
             kind(SGD(task.params), SGD(task.params), **{name: -1})
     if kind is LossGuard:
-        with pytest.raises(ValueError, match=r"period is 2\.5; accepted: a whole number"):
+        with pytest.raises(ValueError, match=r"period is 2\.5; accepted: whole numbers"):
             kind(SGD(task.params), SGD(task.params), period=2.5)

@@ -1,14 +1,18 @@
 """What guards keep, and what becomes of it where something goes wrong."""
 
 import copy
+import functools
+import math
 
 import pytest
 import torch
-from optim.guard_tasks import LEARNED, PERIOD, SGD, STEPS, alone, assert_same, guarded, run
+from optim.guard_tasks import LEARNED, PERIOD, SGD, STEPS, Task, alone, assert_same, guarded, run
 from torch import nn
 
 from metalearn import tree
 from metalearn.optim.guard import GL2O, LossGuard
+from metalearn.optim.small_mlp import SmallMLP
+from metalearn.optim.torch_face import LearnedOptimizer
 
 KINDS = [LossGuard, GL2O]
 
@@ -46,6 +50,8 @@ def test_where_a_closure_raises_nothing_has_happened(kind, learned, evaluation, 
     with pytest.raises(ArithmeticError, match="a factorisation failed"):
         optimizer.step(fails)
     assert_same(task.point(), point)
+    if kind is GL2O:
+        assert math.isnan(optimizer.mu) == (step == 0)
     assert_same(run(optimizer, task, range(step, STEPS)), expected[step:])
     ours, theirs = (tree.leaves(each.state_dict()["state"]) for each in (optimizer, plain))
     assert_same(*([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)] for leaves in (ours, theirs)))
@@ -62,18 +68,79 @@ def test_what_optimizers_keep_in_their_groups_follows_their_own_steps(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_state_of_other_parameters_is_refused_and_nothing_changes(kind):
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("shapes", [[(2,), (5,)], [(5, 3), (5,), (1, 5), (2,)]])
+def test_a_state_of_other_parameters_is_refused_and_nothing_changes(kind, steps, shapes):
     optimizer, task = guarded(LEARNED["adam"], kind=kind)
+    run(optimizer, task, range(steps))
+    params = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    other = kind(LEARNED["adam"](params), SGD(params))
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"the state is of parameters of shapes .*; accepted: \[\["):
+        other.load_state_dict(optimizer.state_dict())
+    assert str(other.state_dict()) == str(before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_an_optimizer_refuses_its_state_groups_stay_those_of_both(kind):
+    optimizer, task = guarded(LEARNED["rule"], kind=kind)
     run(optimizer, task, range(3))
-    saved = optimizer.state_dict()
-    for shapes, message in (([2, 5], "groups of"), ([7, 5, 5, 1], "shapes")):
-        params = [nn.Parameter(torch.zeros(n)) for n in shapes]
-        other = kind(LEARNED["adam"](params), SGD(params))
-        before = copy.deepcopy(other.state_dict())
-        if kind is LossGuard or message == "groups of":
-            with pytest.raises(ValueError, match=message):
-                other.load_state_dict(saved)
-            assert str(other.state_dict()) == str(before)
+    task = Task()
+    other = kind(LearnedOptimizer(task.params, rule=SmallMLP(hidden_sizes=[3])), SGD(task.params))
+    with pytest.raises(ValueError, match="the state is of a rule with"):
+        other.load_state_dict(optimizer.state_dict())
+    for group in other.param_groups:
+        group["lr"] = 0.125
+    assert [each.param_groups[0]["lr"] for each in (other.learned, other.guard)] == [0.125, 0.125]
+
+
+class Views(torch.optim.Optimizer):
+    """SGD through a buffer, of which its group holds views, as some keep theirs."""
+
+    def __init__(self, params):
+        buffer = torch.zeros(sum(p.numel() for p in params), dtype=torch.float64)
+        views = [view.view_as(p) for view, p in zip(buffer.split([p.numel() for p in params]), params, strict=True)]
+        super().__init__([{"params": params, "buffer": buffer, "views": views}], {"lr": 0.05})
+
+    def step(self, closure=None):
+        (group,) = self.param_groups
+        with torch.no_grad():
+            group["buffer"].copy_(torch.cat([p.grad.flatten() for p in group["params"]]))
+            for p, view in zip(group["params"], group["views"], strict=True):
+                p.sub_(view, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_groups_share_memory_with_they_go_on_sharing(kind):
+    plain = functools.partial(torch.optim.SGD, lr=0.05)
+    points = [run(*guarded(LEARNED["adam"], guard, kind=kind), range(STEPS)) for guard in (plain, Views)]
+    torch.testing.assert_close(*points)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closure_may_return_the_same_tensor_every_time(kind):
+    optimizer, task = guarded(LEARNED["explodes"], kind=kind)
+    expected = run(optimizer, task, range(STEPS))
+    optimizer, task = guarded(LEARNED["explodes"], kind=kind)
+    returned = torch.zeros((), dtype=torch.float64)
+    for step in range(STEPS):
+        optimizer.step(lambda step=step: returned.copy_(task.closure(step)().detach()))
+        assert_same(task.point(), expected[step])
+
+
+def test_the_end_of_a_run_that_raises_leaves_it_as_it_was():
+    optimizer, task = guarded(LEARNED["adam"], period=PERIOD)
+    run(optimizer, task, range(2))
+    point, closure = task.point(), task.closure(2)
+
+    def fails():
+        closure()
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        optimizer.finish(fails)
+    assert_same(task.point(), point)
+    run(optimizer, task, range(2, STEPS))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -239,7 +239,7 @@ def test_a_rate_may_be_a_tensor_of_one_and_a_group_may_not_go_uphill():
         LearnedOptimizer(others, SmallMLP(), lr=torch.full((1,), 0.5), weight_decay=torch.tensor(0.25)), other_loss, 2
     )
     assert_same(others, params)
-    with pytest.raises(ValueError, match=r"maximize is True, .*; accepted: the negative"):
+    with pytest.raises(ValueError, match=r"maximize is True, .*; accepted: False"):
         LearnedOptimizer([{"params": params, "maximize": True}], SmallMLP())
 
 
