@@ -83,12 +83,13 @@ class LossGuard(Guarded):
 
     def _step(self, closure: Closure) -> Any:
         self.spare = self.spare or self._point()
-        found = self._evaluated(closure)
-        loss, _ = found[self.inside]
+        first, found = self.inside, self._evaluated(closure)
+        loss, grads = found[first]
         if 0 < self.steps < self.period:
-            for _ in self.optimizers:
-                self._advance(*found[self.inside])
-                self._turn()
+            self._advance(*found[self.inside])
+            self._turn()
+            self._set_grads(grads)
+            self._advance(loss, grads)
         else:  # both optimizers step from one of the two points
             self._keep()
             self._begin(*found[self.kept])
@@ -120,16 +121,20 @@ class LossGuard(Guarded):
         self.zero_grad()
 
     def _evaluated(self, closure: Closure) -> dict[str, tuple[Any, Grads]]:
-        """The loss and the gradients of both branches, on the same draws. Where a closure raises, nothing has happened."""
+        """The loss and the gradients of both branches, on the same draws. Where a closure raises, nothing has happened.
+
+        Afterwards the parameters are those of the other branch, which was the second, and their gradients its own.
+        """
         found, numbers, first = {}, {}, self.inside
         try:
             for again in (False, True):
+                if again:
+                    self._turn()
                 with contextlib.nullcontext() if again else self._draws_to_repeat():
                     loss, grads = closure(), self._grads()
                 # Now: the tensor may be one that the closure writes into every time.
                 numbers[self.inside] = self._number(loss, grads)
                 found[self.inside] = loss.detach().clone() if isinstance(loss, Tensor) else loss, grads
-                self._turn()
         except BaseException:
             if self.inside != first:
                 self._turn()
@@ -178,8 +183,7 @@ class LossGuard(Guarded):
         self.observed = {name: copied_state(optimizer.state) for name, optimizer in self.optimizers.items()}
 
     def _advance(self, loss: Any, grads: Grads) -> None:
-        """A step of this branch's optimizer, and one of the other's that moves nothing."""
-        self._set_grads(grads)
+        """A step of this branch's optimizer, and before it one of the other's that moves nothing, by the gradients at hand."""
         self._observe(loss)
         self._set_grads(grads)
         self.optimizers[self.inside].step(lambda: loss)
