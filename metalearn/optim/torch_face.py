@@ -39,8 +39,8 @@ class LearnedOptimizer(Optimizer):
     of the two precisions. Where one of them has no gradient, it is left alone and its state does not advance: its part falls
     apart into two, for good. Rules in which tensors see of one another (dynamic modes) see within a part only.
 
-    Groups may change their order between steps. Parameters that are taken out, or replaced by other objects, take their state
-    along, as in torch's optimizers.
+    Groups may change their order between steps. What is kept of parameters that are taken out, or replaced by other objects,
+    is dropped.
 
     The state dictionary holds class, version, settings and weights of the rule: one of another rule is refused, and one of
     the same rule brings its weights along. Processes of ``torch.distributed`` agree as long as their gradients do;
